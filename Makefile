@@ -1,0 +1,87 @@
+# Needs make and Python 3.11 or newer. `make PYTHON=/path/to/python ...` picks another Python,
+# `make KVPLAN_TORCH=default ...` takes torch from pip's own index (on Linux: with CUDA) instead of the CPU build.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install dev demo test lint format format-check types imports check wheel clean data
+
+export KVPLAN_TORCH
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' >/dev/null 2>&1; then echo $$p; exit; fi; \
+	done; echo python3)
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP_INSTALL = $(BIN)/python -m pip install $$($(BIN)/python .ci/torch_index.py) -c constraints.txt
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+help:
+	@echo 'make demo      the whole story on the bundled model: calibrate, search, run, compare'
+	@echo 'make install   kvplan in .venv'
+	@echo 'make test      the tests'
+	@echo 'make check     every gate: format, lint, types, imports, tests'
+	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "kvplan needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1 | head -n 1)."; \
+	  echo "Install one, or name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
+	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it is in the package python3-venv." >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -q -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -q -e '.[dev]'
+	@touch $(INSTALLED) $@
+
+install: $(INSTALLED)
+	@echo 'kvplan is installed: $(BIN)/kvplan --help'
+
+dev: $(DEV)
+
+demo: $(INSTALLED)
+	@rm -rf demo-out && mkdir demo-out
+	@cd demo-out && ../$(BIN)/python -m kvplan.demo.main
+
+test: $(DEV)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+format-check: $(DEV)
+	$(BIN)/ruff format --check .
+
+types: $(DEV)
+	$(BIN)/mypy
+
+imports: $(DEV)
+	$(BIN)/lint-imports
+
+check: format-check lint types imports test
+
+wheel: $(DEV)
+	@rm -rf dist
+	$(BIN)/python -m build --wheel
+
+data: $(INSTALLED)
+	$(BIN)/python -m kvplan.demo.make_data calib_data
+
+clean:
+	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find kvplan tests -name __pycache__ -type d -prune -exec rm -rf {} +

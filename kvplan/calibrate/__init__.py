@@ -1,0 +1,1 @@
+"""From a model and prompts to a `Profile`: what each layer's attention needs, measured."""

@@ -1,0 +1,102 @@
+"""Sensitivity: how far the next-token distribution moves when one layer alone is cut."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.statistics import Moments, SensitivitySums
+from kvplan.errors import ProfileError
+from kvplan.methods.evictors import evictors as registry
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.schema import LayerPolicy, Policy, Slots
+from kvplan.stats import PromptScores
+from kvplan.units import BASIS_POINTS
+
+EVICTORS = ("snapkv", "knorm", "h2o", "tova", "streaming")
+SHARES = (1000, 2500, 5000)  # basis points of the prompt that the cut layer keeps
+
+Score = Callable[[Policy, list[int]], PromptScores]
+
+
+def measure(
+    score: Score,
+    spec: ModelSpec,
+    num_prompts: int,
+    *,
+    evictors: Sequence[str] = EVICTORS,
+    shares: Sequence[int] = SHARES,
+    min_slots: int = 24,
+    sink_tokens: int = 4,
+    recent_tokens: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> SensitivitySums:
+    """Cut each layer alone, by each evictor, to each share; every other layer keeps everything.
+
+    Layers with a window of their own cannot be cut and count 0.
+
+    Args:
+        score: Scores of the given prompts under a policy; the prompts were prefilled once, so a call is a replay.
+        num_prompts: Prompts 0 to `num_prompts` - 1 are used.
+        shares: In basis points.
+        progress: Called with (replays done, replays in all).
+
+    Raises:
+        ProfileError: no prompts, a bad share, or a score that is not finite.
+        MethodError: an unknown evictor.
+    """
+    if num_prompts < 1:
+        raise ProfileError("sensitivity needs at least one prompt")
+    if bad := [s for s in shares if not 0 < s <= BASIS_POINTS]:
+        raise ProfileError(f"{bad[0]} basis points is not a share; it must be above 0 and at most {BASIS_POINTS}")
+    methods = {name: registry[name]() for name in evictors}
+    prompts = list(range(num_prompts))
+    layers = [i for i, layer in enumerate(spec.layers) if layer.window is None]
+    done, total, start = 0, len(methods) * len(shares) * len(layers), time.perf_counter()
+    block = spec.policy_block()
+    full = LayerPolicy()
+    moments: dict[str, dict[int, Moments]] = {}
+    for name, evictor in methods.items():
+        moments[name] = {}
+        for share in shares:
+            kl = np.zeros((num_prompts, spec.num_layers))
+            cut = LayerPolicy(
+                slots=Slots(share=share),
+                sink_tokens=sink_tokens,
+                recent_tokens=recent_tokens,
+                min_slots=min_slots,
+                evictor=evictor,
+            )
+            for layer in layers:
+                policy = Policy(layers=tuple(cut if i == layer else full for i in range(spec.num_layers)), model=block)
+                kl[:, layer] = score(policy, prompts).kl
+                if not np.isfinite(kl[:, layer]).all():
+                    raise ProfileError(
+                        f"layer {layer} cut by {name}: KL is not finite; has every prompt a continuation?"
+                    )
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            moments[name][share] = Moments.of(kl)
+    settings = {
+        "evictors": list(methods),
+        "shares": list(shares),
+        "min_slots": min_slots,
+        "sink_tokens": sink_tokens,
+        "recent_tokens": recent_tokens,
+    }
+    return SensitivitySums(moments, settings, time.perf_counter() - start)
+
+
+def stratified(examples: Sequence[Example], count: int) -> list[int]:
+    """Indices of the first examples with a continuation, taken from the tasks in turn; at most `count`, ascending."""
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for i, example in enumerate(examples):
+        if example.continuation_ids:
+            by_task[example.task].append(i)
+    ranked = sorted((place, i) for indices in by_task.values() for place, i in enumerate(indices))
+    return sorted(i for _, i in ranked[:count])

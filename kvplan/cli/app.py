@@ -1,0 +1,51 @@
+"""`kvplan`: the commands, and nothing heavy at import, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kvplan import __version__
+from kvplan.cli import calibrate, policy, profile, run, search
+from kvplan.cli.console import set_quiet
+from kvplan.cli.exits import run_app
+
+app = typer.Typer(
+    name="kvplan",
+    help="Plan, search and run a KV-cache policy for a transformers model under a memory target.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (also KVPLAN_DEBUG=1).")] = False,
+) -> None:
+    # `debug` is read by run_app, which also sees failures before this function runs.
+    set_quiet(quiet)
+
+
+app.command("calibrate")(calibrate.command)
+app.command("search")(search.command)
+app.command("run")(run.command)
+app.add_typer(policy.app, name="policy")
+app.add_typer(profile.app, name="profile")
+
+
+def main() -> None:
+    """The `kvplan` script."""
+    sys.exit(run_app(app, sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""`kvplan calibrate`: measure a model on prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A folder or a hub id; without it, the bundled model.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A .jsonl or .txt file, or a dataset; may be repeated. Without it, the bundled prompts.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path("profile.json"),
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="Most prompts.", show_default="all")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a prompt.", show_default="the context")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column with text, in a dataset.", show_default="text")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a dataset.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 4,
+    sinks: Annotated[int, typer.Option(min=1, help="First tokens of a prompt that count as attention sinks.")] = 4,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity/--no-sensitivity", help="Cut each layer alone and see what it costs.")
+    ] = True,
+    sensitivity_prompts: Annotated[int, typer.Option(min=1, help="Prompts for that, from the tasks in turn.")] = 12,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws the rows of a dataset.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Measure a model on prompts and write a profile: what each layer's attention does, and what cutting it costs."""
+    import json
+    import platform
+    import time
+    from dataclasses import replace
+
+    from kvplan.files import check_writable
+
+    check_writable(output)
+    if output.is_dir():
+        from kvplan.errors import ProfileError
+
+        raise ProfileError(f"{output}: a folder; name a file")
+
+    import torch
+    import transformers
+
+    from kvplan import __version__
+    from kvplan.calibrate.collect import collect
+    from kvplan.calibrate.profile import Profile
+    from kvplan.calibrate.prompts import load_examples
+    from kvplan.calibrate.sensitivity import EVICTORS, SHARES, measure, stratified
+    from kvplan.cli.console import note, out, progress, warn
+    from kvplan.demo.data import calib_data_path
+    from kvplan.loading import load_model
+    from kvplan.report.profile import table
+
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    network, tokenizer, spec = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    examples = load_examples(
+        data or [calib_data_path()],
+        tokenizer,
+        max_prompts=max_prompts,
+        max_tokens=max_tokens,
+        context_limit=spec.max_context_tokens,
+        column=column,
+        split=split,
+        seed=seed,
+    )
+    loading = time.perf_counter() - start
+    with progress("calibrating", len(examples)) as advance:
+        statistics = collect(network, examples, batch_size=batch_size, sinks=sinks, progress=_steps(advance))
+    statistics = replace(
+        statistics,
+        settings={**statistics.settings, "max_tokens": max_tokens},
+        seconds={"load": loading, **statistics.seconds},
+    )
+    sums = None
+    if sensitivity:
+        from kvplan.check.scoring import Scorer
+
+        chosen = [examples[i] for i in stratified(examples, sensitivity_prompts)]
+        if not chosen:
+            warn("no prompt has a continuation, so sensitivity is not measured")
+        else:
+            start = time.perf_counter()
+            scorer = Scorer(network, spec, chosen)
+            layers = sum(layer.window is None for layer in spec.layers)
+            with progress("sensitivity", len(EVICTORS) * len(SHARES) * layers) as advance:
+                sums = measure(scorer.score, spec, len(chosen), progress=_steps(advance))
+            sums = replace(sums, seconds=time.perf_counter() - start)
+    versions = {
+        "kvplan": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    profile = Profile(spec, statistics, sums, {"seed": seed}, versions)
+    profile.save(output)
+    if as_json:
+        typer.echo(json.dumps(profile.summary(), indent=2))
+    else:
+        out.print(table(profile), soft_wrap=True)
+    note(f"wrote {output}")
+
+
+def _steps(advance: Callable[..., None]) -> Callable[[int, int], None]:
+    """From counts so far to steps."""
+    last = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        advance(done - last)
+        last = done
+
+    return progress

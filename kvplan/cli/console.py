@@ -1,0 +1,122 @@
+"""Where output goes: data to stdout, talk and progress to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import typer
+from rich.console import Console
+
+PIPE_WIDTH = 120  # columns of a table that is written to a file or a pipe
+BROKEN_PIPE_EXIT = 141
+LOG_STEP_PERCENT = 10
+
+_quiet = False
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """The reader (head, less) has gone: stop without a word. rich would exit with 1, which means a finding here."""
+        silence_stdout()
+        raise typer.Exit(BROKEN_PIPE_EXIT)
+
+
+def silence_stdout() -> None:
+    """Send what is left in stdout's buffer nowhere, so that the interpreter's last flush cannot fail."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+
+
+def set_quiet(quiet: bool) -> None:
+    """With `quiet` only data (stdout), warnings and errors are written."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _quiet
+
+
+def note(message: str) -> None:
+    """Talk, on stderr; nothing with --quiet."""
+    if not _quiet:
+        err.print(message, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    err.print(f"warning: {message}", soft_wrap=True)
+
+
+def error(message: str) -> None:
+    """`error: ...`, once per line of `message`."""
+    for line in message.splitlines() or [""]:
+        err.print(f"error: {line}", soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr: a bar on a terminal, one line per 10 % elsewhere, nothing with --quiet.
+
+    Yields:
+        `advance(steps=1, note="")`; the note is shown behind the count.
+    """
+    if _quiet:
+        yield lambda steps=1, note="": None
+    elif err.is_terminal:
+        with _bar(what, total) as advance:
+            yield advance
+    else:
+        yield _log_lines(what, total)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+    from rich import progress as rp
+
+    columns = (
+        rp.TextColumn("{task.description}", markup=False),
+        rp.BarColumn(),
+        rp.MofNCompleteColumn(),
+        rp.TimeElapsedColumn(),
+        rp.TimeRemainingColumn(),
+        rp.TextColumn("{task.fields[note]}", markup=False),
+    )
+    with rp.Progress(*columns, console=err, transient=False) as bar:
+        task = bar.add_task(what, total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            if note:
+                bar.update(task, advance=steps, note=note)
+            else:
+                bar.update(task, advance=steps)
+
+        yield advance
+
+
+def _log_lines(what: str, total: int) -> Callable[..., None]:
+    started, done, shown = time.monotonic(), 0, 0
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, shown
+        done += steps
+        percent = 100 * done // total if total else 100
+        if percent // LOG_STEP_PERCENT > shown // LOG_STEP_PERCENT:
+            shown = percent
+            tail = f", {note}" if note else ""
+            err.print(f"{what}: {done}/{total} ({percent}%, {time.monotonic() - started:.0f}s{tail})", soft_wrap=True)
+
+    return advance

@@ -1,0 +1,105 @@
+"""From exceptions to one line and an exit code.
+
+0 done, 1 a finding, 2 usage or configuration, 70 a bug of ours, 130 interrupted (143 by SIGTERM), 141 reader gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import typer
+
+from kvplan.cli.console import BROKEN_PIPE_EXIT, error, silence_stdout
+from kvplan.errors import KVPlanError
+
+USAGE_EXIT = 2
+INTERNAL_EXIT = 70
+INTERRUPT_EXIT = 130
+TERMINATED_EXIT = 143
+
+# Flags of the whole program, accepted before the command and after it.
+_GLOBAL_FLAGS = ("--debug", "-q", "--quiet")
+
+
+def hoist(argv: Sequence[str]) -> list[str]:
+    """Move the global flags in front of the command: 'search --debug' -> '--debug search'. Stops at '--'."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = list(argv[:end])
+    flags = [a for a in options if a in _GLOBAL_FLAGS]
+    return [*flags, *(a for a in options if a not in _GLOBAL_FLAGS), *argv[end:]]
+
+
+def wants_debug(argv: Sequence[str]) -> bool:
+    return "--debug" in argv or os.environ.get("KVPLAN_DEBUG", "") not in ("", "0")
+
+
+def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
+    """Run the app and return the exit code; every failure has been reported on stderr."""
+    argv = hoist(argv)
+    terminated = False
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt  # so that every `except KeyboardInterrupt` cleans up for both signals
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before: Any = signal.signal(signal.SIGTERM, on_sigterm) if in_main_thread else None
+    try:
+        code = _run(app, argv)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+    if code == INTERRUPT_EXIT:
+        error("interrupted")
+        return TERMINATED_EXIT if terminated else INTERRUPT_EXIT
+    return code
+
+
+def _run(app: typer.Typer, argv: list[str]) -> int:
+    try:
+        try:
+            app(args=argv, prog_name="kvplan")
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPT_EXIT
+    except BrokenPipeError:
+        silence_stdout()
+        return BROKEN_PIPE_EXIT
+    except Exception as failure:
+        if wants_debug(argv):
+            traceback.print_exception(failure)
+        return _report(failure)
+    return 0
+
+
+def _report(failure: Exception) -> int:
+    if isinstance(failure, KVPlanError):
+        error(str(failure))
+        return failure.exit_code
+    if _disk_full(failure):
+        name = getattr(failure, "filename", None)
+        error(f"no space left on the disk{f' for {name}' if name else ''}; free some, then run the command again")
+        return USAGE_EXIT
+    text = str(failure).strip()
+    what = f"{type(failure).__name__}: {text.splitlines()[0]}" if text else type(failure).__name__
+    error(f"internal error: {what}; rerun with --debug for the traceback")
+    return INTERNAL_EXIT
+
+
+def _disk_full(failure: Exception) -> bool:
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors and SQLite say it in words.
+    return any(words in str(failure) for words in ("No space left on device", "database or disk is full"))

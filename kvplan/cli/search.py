@@ -1,0 +1,168 @@
+"""`kvplan search`: from a profile and a memory target to a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvplan.policy.schema import Target
+
+
+def command(
+    mem: Annotated[str, typer.Option(help="Memory target: 40% or 0.4 of the full cache, or 512MiB with --context.")],
+    profile: Annotated[Path, typer.Option(help="What kvplan calibrate wrote.")] = Path("profile.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the policy.")] = Path("policy.yaml"),
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per row, for a target in bytes.", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows, for a target in bytes.", show_default="1 row")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or a hub id; without it, the bundled model.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts to search on; may be repeated. Without it, the bundled ones.", show_default=False),
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(min=3, help="Most prompts.", show_default="all")] = None,
+    trials: Annotated[int, typer.Option(min=0, help="Trials in all. 0: what the profile alone suggests.")] = 60,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    storage: Annotated[
+        Path | None,
+        typer.Option(help="The search's own file; a killed search goes on from it.", show_default="beside the policy"),
+    ] = None,
+    evictor: Annotated[
+        list[str] | None, typer.Option(help="An evictor to choose from; may be repeated.", show_default="all measured")
+    ] = None,
+    sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
+    recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
+    min_slots: Annotated[int, typer.Option(min=1, help="Fewest slots of a layer.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Search the best policy under a memory target, and keep the best so far on disk."""
+    from kvplan.errors import DataError, PolicyError, ProfileError
+    from kvplan.files import check_writable
+
+    target = parse_target(mem, context, batch)
+    check_writable(output)
+    if output.is_dir():
+        raise PolicyError(f"{output}: a folder; name a file")
+
+    from kvplan.calibrate.profile import Profile
+    from kvplan.search.budget import Protection
+    from kvplan.search.compile import Compiler, budget_for
+
+    measured = Profile.load(profile)
+    protection = Protection(sink_tokens=sink_tokens, recent_tokens=recent_tokens, min_slots=min_slots)
+    evictors = evictor or []
+    # Says at once what cannot be, before the model is loaded.
+    planned = budget_for(measured, measured.spec, target, protection)
+    Compiler(measured, planned, evictors)
+
+    import json
+
+    from kvplan import __version__
+    from kvplan.calibrate.prompts import data_fingerprint, load_examples
+    from kvplan.check.scoring import Scorer
+    from kvplan.cli.console import note, out, progress
+    from kvplan.demo.data import calib_data_path
+    from kvplan.loading import load_model
+    from kvplan.policy.serialize import save_policy
+    from kvplan.report.policy import picture
+    from kvplan.report.search import as_data, summary
+    from kvplan.search.confirm import TrialRow, hold_out
+    from kvplan.search.study import search
+
+    network, tokenizer, spec = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if spec.fingerprint != measured.spec.fingerprint:
+        raise ProfileError(
+            f"{profile}: made for another model ({measured.spec.fingerprint}; this one is {spec.fingerprint}); "
+            "give its --model, or calibrate this one"
+        )
+    examples = load_examples(
+        data or [calib_data_path("search")],
+        tokenizer,
+        max_prompts=max_prompts,
+        context_limit=spec.max_context_tokens,
+        seed=seed,
+    )
+    examples = [example for example in examples if example.continuation_ids]
+    if len(examples) < 3:
+        raise DataError(f"{len(examples)} prompts have a continuation; a search needs at least 3")
+    search_prompts, confirm_prompts = hold_out([example.task for example in examples])
+    scorer = Scorer(network, spec, examples)
+    fingerprint = data_fingerprint(examples)
+    journal = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
+    done = 0
+    try:
+        with progress("searching", trials) as advance:
+
+            def on_trial(row: TrialRow, best: TrialRow, count: int) -> None:
+                nonlocal done
+                advance(count - done, note=f"best KL {best.kl:.4f} ({best.label})")
+                done = count
+
+            result = search(
+                measured,
+                spec,
+                target,
+                scorer.score,
+                search_prompts=search_prompts,
+                confirm_prompts=confirm_prompts,
+                trials=trials,
+                timeout=timeout,
+                seed=seed,
+                storage=journal,
+                on_best=lambda policy: save_policy(policy, output),
+                on_trial=on_trial,
+                evictors=evictors,
+                protection=protection,
+                identity={"data": fingerprint},
+                provenance={
+                    "kvplan": __version__,
+                    "profile": measured.data_fingerprint,
+                    "data": fingerprint,
+                    "seed": seed,
+                },
+            )
+    except KeyboardInterrupt:
+        if done:
+            note(f"the best policy so far is in {output}; the same command goes on from {journal}")
+        raise
+    if result.resumed:
+        note(f"{result.resumed} trials are from earlier runs ({journal})")
+    if as_json:
+        typer.echo(json.dumps(as_data(result), indent=2, allow_nan=False))
+    else:
+        out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
+        out.print(summary(result), soft_wrap=True)
+    note(f"wrote {output}; next: kvplan run --policy {output}")
+
+
+def parse_target(mem: str, context: int | None, batch: int | None) -> Target:
+    """--mem with its --context and --batch.
+
+    Raises:
+        TargetError: not a share or a size, or an option that cannot take effect.
+    """
+    from kvplan.errors import TargetError
+    from kvplan.policy.schema import Target
+    from kvplan.units import parse_bytes, parse_share
+
+    if not mem.strip().upper().endswith("B"):
+        share = parse_share(mem)
+        if context is not None or batch is not None:
+            raise TargetError(f"--mem {mem} holds for any context and batch; leave out --context and --batch")
+        return Target(share=share)
+    size = parse_bytes(mem)
+    if context is None:
+        raise TargetError(f"--mem {mem} is a size; say with --context for how many tokens per row (and --batch)")
+    return Target(bytes=size, context_tokens=context, batch=batch or 1)

@@ -1,0 +1,63 @@
+"""What can go wrong, as a tree. The CLI prints each of these as one line and exits with its code.
+
+KVPlanError (2: usage or configuration)
+├── PolicyError      a policy file or object breaks a rule
+├── ModelError       a model cannot be used, or is not the one that a file was made for
+├── DataError        prompts are missing, empty or malformed
+├── MethodError      a method's parameters make no sense, or its name is unknown
+├── TargetError      a memory target cannot be met
+├── ProfileError     a profile cannot be read or merged, or belongs to something else
+├── StudyError       a study cannot be created or resumed
+└── RuntimeLimitError  the runtime was asked for something that it cannot do correctly
+MemoryPlanExceeded (1)   measured bytes above the plan: a finding, not a usage error
+"""
+
+from __future__ import annotations
+
+
+class KVPlanError(ValueError):
+    """Base of every error that a user can cause or fix."""
+
+    exit_code = 2
+
+
+class PolicyError(KVPlanError):
+    """A policy breaks a rule. `problems` holds every one found, a line each."""
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(KVPlanError):
+    """A model cannot be loaded or used, or is another than expected."""
+
+
+class DataError(KVPlanError):
+    """Prompts are missing, empty or malformed."""
+
+
+class MethodError(KVPlanError):
+    """An unknown method name, or parameters that make no sense."""
+
+
+class TargetError(KVPlanError):
+    """A memory target cannot be met."""
+
+
+class ProfileError(KVPlanError):
+    """A profile cannot be read or merged, or belongs to another model."""
+
+
+class StudyError(KVPlanError):
+    """A study cannot be created or resumed."""
+
+
+class RuntimeLimitError(KVPlanError):
+    """The runtime was asked for something that it cannot do correctly."""
+
+
+class MemoryPlanExceeded(KVPlanError):
+    """Measured bytes are above the planned ones."""
+
+    exit_code = 1

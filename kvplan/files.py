@@ -1,0 +1,55 @@
+"""Reading and writing files so that nothing is ever half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from kvplan.errors import KVPlanError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary file beside `path`, then rename it.
+
+    Raises:
+        KVPlanError: the folder is missing or read-only, or the disk is full; `path` is as it was.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise KVPlanError(f"{path}: cannot write ({error.strerror}); nothing was changed") from error
+
+
+def check_writable(path: Path) -> None:
+    """Fail before long work, not after it.
+
+    Raises:
+        KVPlanError: a file could not be created beside `path`.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise KVPlanError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+def read_text(path: Path, what: str) -> str:
+    """Raises: KVPlanError: the file is missing or not UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise KVPlanError(f"{path}: not a {what} (not UTF-8 text)") from error
+    except OSError as error:
+        raise KVPlanError(f"{path}: cannot read the {what} ({error.strerror})") from error

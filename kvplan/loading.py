@@ -1,0 +1,284 @@
+"""load_model(): a model, its tokenizer and its ModelSpec, from the bundle, a folder or a hub id, or one clear error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvplan.errors import ModelError
+from kvplan.model_spec import DTYPE_BYTES, ModelSpec, model_fingerprint
+from kvplan.registry import unknown
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = "bundled"
+BUNDLED_FOLDER = Path(__file__).parent / "demo" / "model"
+PROBE_TOKENS = 2
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_model(
+    name_or_path: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelSpec]:
+    """Load a decoder-only model in eval mode.
+
+    Args:
+        name_or_path: A folder, a Hugging Face hub id, or None (or "bundled") for the model that comes with kvplan.
+        dtype: Name of a torch dtype, or "auto" for the checkpoint's own.
+        device: A torch device, e.g. "cpu" or "cuda:1".
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ModelError: the model is missing, incomplete, broken, or of a kind that kvplan cannot plan.
+    """
+    _check_dtype(dtype)
+    target = _device(device)
+    source = _source(name_or_path)
+    where = {"trust_remote_code": trust_remote_code, "local_files_only": Path(source).is_dir()}
+    with _quiet_transformers(), _one_line_errors(source):
+        config = _load_config(source, where)
+        _refuse_unplannable(config)
+        tokenizer = _load_tokenizer(source, where)
+        model = _load_weights(source, config, dtype, where)
+    _refuse_unsupported_class(model)
+    _refuse_broken_weights(model, source)
+    spec = ModelSpec.from_config(model.config, _dtype_name(model), model_fingerprint(model))
+    _refuse_other_caches(model, spec)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to(target), tokenizer, spec
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def _check_dtype(dtype: str) -> None:
+    known = ["auto", *sorted(DTYPE_BYTES)]
+    if dtype not in known:
+        raise ModelError(unknown("dtype", dtype, known))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"'{name}' is not a device; write for example cpu, cuda or cuda:1") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ModelError(f"device '{name}': this machine has no CUDA device that torch can use; use cpu")
+        if device.index is not None and device.index >= count:
+            raise ModelError(f"device '{name}': the last CUDA device here is cuda:{count - 1}")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("device 'mps' is not available on this machine; use cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise ModelError(f"device '{name}' is not supported; use cpu, cuda or mps")
+    return device
+
+
+def _source(name_or_path: str | Path | None) -> str:
+    """The folder or hub id to load; paths are checked here, so that a typing error never becomes a network request."""
+    if name_or_path is None or str(name_or_path) == BUNDLED:
+        if not (BUNDLED_FOLDER / "config.json").is_file():
+            raise ModelError(f"the bundled model is missing from this installation ({BUNDLED_FOLDER}); name a model")
+        return str(BUNDLED_FOLDER)
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name}: not a model folder (no config.json in it)")
+        return str(path)
+    if path.exists():
+        raise ModelError(f"{name}: a file, not a model folder")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder")
+    return name
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _load_config(source: str, where: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source, **where)
+
+
+def _load_tokenizer(source: str, where: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if _unreachable(error) or "trust_remote_code" in str(error):
+            raise
+        raise ModelError(f"{source}: no usable tokenizer in it ({_first_line(error)})") from error
+    # Without tokenizer files some classes come back empty instead of failing.
+    if len(tokenizer) == 0 or not tokenizer("a b c 1 2 3", add_special_tokens=False)["input_ids"]:
+        raise ModelError(f"{source}: no usable tokenizer in it (its vocabulary is empty)")
+    return tokenizer
+
+
+def _load_weights(source: str, config: Any, dtype: str, where: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        **where,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{source}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
+    return model.eval()
+
+
+# ------------------------------------------------------------------ refusing
+
+
+def _refuse_unplannable(config: Any) -> None:
+    """What the config alone can tell, before gigabytes are read."""
+    ModelSpec.from_config(config, "float32")
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise ModelError(
+            f"{config.model_type} caches a compressed latent (MLA), not keys and values per head; kvplan cannot plan it"
+        )
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        for cls in classes if isinstance(classes, (list, tuple)) else [classes]:
+            _refuse_without_attention_interface(cls, config.model_type)
+
+
+def _refuse_without_attention_interface(cls: Any, model_type: str) -> None:
+    # A class that says so takes its attention function by name; the others (bloom, gptj, falcon) hard-code it.
+    if not cls.is_backend_compatible():
+        raise ModelError(
+            f"{model_type} does not use transformers' attention interface, so its cache cannot be managed; "
+            "kvplan runs models such as llama, qwen, mistral, gemma, phi and gpt-neox"
+        )
+
+
+def _refuse_unsupported_class(model: Any) -> None:
+    _refuse_without_attention_interface(type(model), model.config.model_type)
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        raise ModelError(
+            f"{model.config.model_type} is an encoder (its attention is not causal); kvplan plans decoders"
+        )
+
+
+def _refuse_broken_weights(model: Any, source: str) -> None:
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            bad = int((~torch.isfinite(weight)).sum())
+            raise ModelError(f"{source}: {name} holds {bad} values that are nan or infinite; the checkpoint is broken")
+
+
+def _refuse_other_caches(model: Any, spec: ModelSpec) -> None:
+    """Run a few tokens and compare what the model caches with what the spec says that it caches."""
+    import torch
+
+    with torch.no_grad():
+        cache = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=True).past_key_values
+    found = [_shape(layer) for layer in getattr(cache, "layers", [])]
+    wanted = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers]
+    if found != wanted:
+        raise ModelError(
+            f"{spec.model_type} does not cache one key and value per token, layer and KV head, as its config suggests; "
+            "kvplan cannot plan it"
+        )
+
+
+def _shape(layer: Any) -> tuple[int, int, int] | None:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != PROBE_TOKENS:
+        return None
+    return keys.shape[1], keys.shape[3], values.shape[3]
+
+
+def _dtype_name(model: Any) -> str:
+    name = str(model.dtype).removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise ModelError(
+            f"the checkpoint's dtype {name} is not supported; choose one of {', '.join(sorted(DTYPE_BYTES))}"
+        )
+    return name
+
+
+# ------------------------------------------------------------------ talking
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No loading bars and no advice; the bars of a download stay."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_line_errors(source: str) -> Iterator[None]:
+    """Whatever transformers and safetensors raise for a bad checkpoint, as a ModelError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{source}: {_explain(error, Path(source).is_dir())}") from error
+
+
+def _explain(error: Exception, is_folder: bool) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "brings its own code; read it, then pass --trust-remote-code"
+    if not is_folder and _unreachable(error):
+        return "no such folder here, not in the local cache, and the Hugging Face hub cannot be reached"
+    if not is_folder and "is not a valid model identifier" in text:
+        return "no such folder here, and no such model on the Hugging Face hub (or it needs a login)"
+    if "safetensors" in text and isinstance(error, OSError):
+        return "no safetensors weights in it; kvplan does not unpickle weights"
+    return f"cannot be loaded ({_first_line(error)})"
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    while error is not None:
+        if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,92 @@
+"""Evictor: which tokens stay in a layer's cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvplan.registry import Registry
+
+POSITION_BYTES = 4  # int32
+SCORE_BYTES = 4  # float32
+
+
+class Signal(Flag):
+    """What an evictor needs from the attention of the prompt."""
+
+    NONE = 0
+    QUERIES = auto()  # the last queries of the prompt
+    COLUMN_SUMS = auto()  # attention mass that each key received from all queries of the prompt
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """One layer's prompt, as an evictor sees it. Rows are padded on the left.
+
+    Attributes:
+        queries: [B, Hq, W, D] the last `W <= T` queries (rotated), or None when not asked for.
+        keys: [B, Hkv, T, D] rotated keys.
+        values: [B, Hkv, T, D].
+        column_sums: [B, Hkv, T] float32, mean over the query group of each key's attention mass; or None.
+        valid: [B, T] bool, False on padding.
+        scaling: factor on the query-key products.
+        softcap: logit soft cap of the model, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    scaling: float
+    queries: Tensor | None = None
+    column_sums: Tensor | None = None
+    softcap: float | None = None
+
+
+class Evictor(ABC):
+    """Ranks the tokens of a prompt, and says how the ranking moves while decoding.
+
+    Two kinds of storage follow from `keeps_scores`:
+    - False: the pool is filled in rank order once, and decoding overwrites the lowest-ranked slot, then the next
+      (a ring). No byte beyond keys and values.
+    - True: position (int32) and score (float32) are kept per slot, and each decode step updates the scores.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Signal] = Signal.NONE
+    keeps_scores: ClassVar[bool] = False
+    one_set_for_all_heads: ClassVar[bool] = False
+    keeps_sinks: ClassVar[bool] = True
+
+    @property
+    def window_tokens_needed(self) -> int:
+        """How many of the prompt's last queries `score` reads."""
+        return 0
+
+    @abstractmethod
+    def score(self, view: PromptView) -> Tensor:
+        """Score the prompt: [B, Hkv, T] float32, or [B, 1, T] with one set for all heads; a higher score stays longer.
+
+        Scores at padding are ignored. Protected tokens are the caller's business.
+        """
+
+    def observe(self, scores: Tensor, probs: Tensor) -> Tensor:
+        """New slot scores after one decode step; only called when `keeps_scores`.
+
+        Args:
+            scores: [B, H, S] float32 stored scores (0 for the token just inserted), H = Hkv or 1.
+            probs: [B, Hkv, G, S] float32 attention of the step's query over the slots; 0 on empty slots.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no scores")
+
+    def side_bytes_per_slot(self, num_kv_heads: int) -> int:
+        """Bytes beside keys and values for one slot of all KV heads."""
+        if not self.keeps_scores:
+            return 0
+        return (POSITION_BYTES + SCORE_BYTES) * (1 if self.one_set_for_all_heads else num_kv_heads)
+
+
+evictors: Registry[Evictor] = Registry("evictor")

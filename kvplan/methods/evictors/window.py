@@ -1,0 +1,29 @@
+"""Attention of the prompt's last queries over the whole prompt, recomputed beside any attention kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvplan.methods.evictors.base import PromptView
+
+
+def window_attention(view: PromptView, num_queries: int) -> tuple[Tensor, Tensor]:
+    """Softmax attention of the last queries, in float32.
+
+    Returns:
+        probs [B, Hkv, G, W, T], zero on padding, and query_valid [B, W] bool; W = min(num_queries, T).
+    """
+    assert view.queries is not None
+    B, Hkv, T, _ = view.keys.shape
+    W = min(num_queries, T, view.queries.shape[2])
+    q = view.queries[:, :, -W:].unflatten(1, (Hkv, -1))  # [B, Hkv, G, W, D]
+    logits = (q.flatten(2, 3).float() @ view.keys.float().mT).unflatten(2, q.shape[2:4]) * view.scaling
+    if view.softcap is not None:
+        logits = torch.tanh(logits / view.softcap) * view.softcap
+    positions = torch.arange(T, device=logits.device)
+    visible = positions <= positions[-W:, None]  # [W, T]
+    mask = visible & view.valid[:, None, None, None]  # [B, 1, 1, W, T]
+    probs = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
+    query_valid = view.valid[:, -W:]
+    return probs * (mask & query_valid[:, None, None, :, None]), query_valid

@@ -1,0 +1,129 @@
+"""ModelSpec: the shape of a model's KV cache. The only reader of Hugging Face config fields."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvplan.errors import ModelError
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer's cache: `window` is the model's own sliding window in tokens, or None for full attention."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a plan must know of a model.
+
+    Args:
+        layers: A `LayerSpec` per decoder layer.
+        query_heads: Query heads per layer.
+        dtype: Name of the dtype that keys and values are held in, e.g. "bfloat16".
+        max_context_tokens: The longest sequence that the model was made for, or None when the config does not say.
+        model_type: `config.model_type`.
+        fingerprint: Hash of config and weights, or None when not computed.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    query_heads: int
+    dtype: str
+    max_context_tokens: int | None = None
+    model_type: str = ""
+    fingerprint: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def token_bytes(self, layer: int) -> int:
+        """Bytes of one token's keys and values in one layer, all KV heads."""
+        spec = self.layers[layer]
+        return spec.kv_heads * (spec.key_dim + spec.value_dim) * DTYPE_BYTES[self.dtype]
+
+    def full_kv_bytes(self, row_tokens: list[int]) -> int:
+        """What a cache that evicts nothing holds for rows of these lengths (prompt and generated), without padding."""
+        return sum(
+            self.token_bytes(i) * sum(min(n, layer.window or n) for n in row_tokens)
+            for i, layer in enumerate(self.layers)
+        )
+
+    def policy_block(self) -> dict[str, Any]:
+        """The `model:` block of a policy file."""
+        heads = sorted({layer.kv_heads for layer in self.layers})
+        dims = sorted({layer.key_dim for layer in self.layers})
+        block = {
+            "type": self.model_type,
+            "layers": self.num_layers,
+            "kv_heads": heads[0] if len(heads) == 1 else heads,
+            "head_dim": dims[0] if len(dims) == 1 else dims,
+            "dtype": self.dtype,
+        }
+        return block if self.fingerprint is None else {**block, "fingerprint": self.fingerprint}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelSpec:
+        return cls(**{**data, "layers": tuple(LayerSpec(**layer) for layer in data["layers"])})
+
+    @classmethod
+    def from_config(cls, config: Any, dtype: str, fingerprint: str | None = None) -> ModelSpec:
+        """Read a transformers config.
+
+        Raises:
+            ModelError: an encoder-decoder, or a config without the fields of a decoder.
+        """
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(f"{config.model_type} is an encoder-decoder; kvplan plans decoder-only models")
+        text = config.get_text_config(decoder=True)
+        try:
+            num_layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
+            kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+            head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+        except (AttributeError, TypeError) as error:
+            raise ModelError(f"{config.model_type}: the config does not describe a decoder with attention ({error})") from error
+        types = getattr(text, "layer_types", None)
+        window = getattr(text, "sliding_window", None)
+        if types is None:
+            # Without per-layer types a window (Mistral) applies to every layer.
+            uses_window = window is not None and getattr(text, "use_sliding_window", True)
+            types = ["sliding_attention" if uses_window else "full_attention"] * num_layers
+        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ModelError(f"{config.model_type}: layers of type {', '.join(unknown)} are not supported")
+        layers = tuple(LayerSpec(kv_heads, head_dim, head_dim, window if t == "sliding_attention" else None) for t in types)
+        return cls(
+            layers=layers,
+            query_heads=heads,
+            dtype=dtype,
+            max_context_tokens=getattr(text, "max_position_embeddings", None),
+            model_type=config.model_type,
+            fingerprint=fingerprint,
+        )
+
+
+def model_fingerprint(model: Any) -> str:
+    """sha256 over the config's shape-deciding fields and every weight: the model's identity, whatever its path."""
+    import torch
+
+    digest = hashlib.sha256()
+    skipped = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in skipped and not k.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        # bfloat16 holds every digit of the shipped weights of most models; one dtype keeps the hash independent of --dtype.
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return "sha256:" + digest.hexdigest()[:32]

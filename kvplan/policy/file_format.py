@@ -1,0 +1,292 @@
+"""The shape of a policy file, format 1, as pydantic models: what may stand where. Rules that span layers come later."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+
+from kvplan.errors import MethodError, TargetError
+from kvplan.methods.evictors import Evictor, evictors
+from kvplan.policy.schema import FORMAT_VERSION, FULL, LayerPolicy, Slots, Target
+from kvplan.registry import unknown
+from kvplan.units import BASIS_POINTS, parse_bytes
+
+MAX_LAYERS = 10_000  # Far above any model; keeps a mistyped range from filling the memory.
+PERCENT = r"(\d{1,9})(?:\.(\d{1,2}))?%"
+LAYER_RANGES = r"\d{1,9}(?:-\d{1,9})?(?:\s*,\s*\d{1,9}(?:-\d{1,9})?)*"
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+_WORDS = {
+    "Input should be": "must be",
+    "a valid integer": "an integer",
+    "a valid ": "a ",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+
+
+class Problems(ValueError):
+    """Problems below the value that is being validated, each with its path from there."""
+
+    def __init__(self, problems: list[tuple[tuple[Any, ...], str, bool]]) -> None:
+        self.problems = problems
+        super().__init__(problems)
+
+
+def _percent(text: str) -> int:
+    """'37.5%' -> 3750 basis points, by integers only.
+
+    Raises:
+        ValueError: not a percentage above 0 and at most 100, with at most two decimals.
+    """
+    match = re.fullmatch(PERCENT, text, re.ASCII)
+    if not match:
+        raise ValueError(f"'{text}' is not a percentage with at most two decimals, like 35% or 37.25%")
+    share = int(match[1]) * 100 + int((match[2] or "").ljust(2, "0"))
+    if not 0 < share <= BASIS_POINTS:
+        raise ValueError(f"{text} is not above 0% and at most 100%")
+    return share
+
+
+def _slots(value: Any) -> Slots:
+    if value == "full":
+        return FULL
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"must be at least 1 token, not {value}")
+        return Slots(tokens=value)
+    if isinstance(value, str) and value.endswith("%"):
+        return Slots(share=_percent(value))
+    raise ValueError(f"must be full, a number of tokens, or a percentage like 35%, not {value!r}")
+
+
+def _share(value: Any) -> int:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a percentage like 40%, not {value!r}")
+    return _percent(value)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, str):
+        try:
+            value = parse_bytes(value)
+        except TargetError as error:
+            raise ValueError(str(error)) from error
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"must be a size like 512MiB, not {value!r}")
+    if value < 1:
+        raise ValueError("must be above 0 bytes")
+    return value
+
+
+def _one_or_each(value: Any) -> Any:
+    """A positive integer, or the list of those that occur in a model whose layers differ."""
+    items = value if isinstance(value, list) else [value]
+    if not items or any(not isinstance(item, int) or isinstance(item, bool) or item < 1 for item in items):
+        raise ValueError(f"must be an integer above 0, or a list of them, not {value!r}")
+    return value
+
+
+@functools.cache
+def parameters(evictor: type[Evictor]) -> type[BaseModel]:
+    """A strict model of an evictor's parameters, from its dataclass fields."""
+    hints = typing.get_type_hints(evictor)
+    fields: dict[str, Any] = {}
+    for f in dataclasses.fields(evictor):  # type: ignore[arg-type]
+        fields[f.name] = (hints[f.name], ... if f.default is dataclasses.MISSING else f.default)
+    return create_model(evictor.__name__, __config__=_STRICT, **fields)
+
+
+def _evictor(value: Any) -> Evictor:
+    """Build `tova` or `{snapkv: {window_tokens: 16}}`."""
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(
+            f"must be a name, or one name with its parameters like {{snapkv: {{window_tokens: 16}}}}, not {value!r}"
+        )
+    ((name, params),) = value.items()
+    try:
+        cls = evictors[str(name)]
+    except MethodError as error:
+        raise ValueError(str(error)) from error
+    try:
+        checked = parameters(cls).model_validate({} if params is None else params)
+        return cls(**{key: getattr(checked, key) for key in checked.model_fields_set})
+    except ValidationError as error:
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        found = explain(error, lambda _: (f"parameter of {name}", known))
+        raise Problems([((name, *path), told, at_key) for path, told, at_key in found]) from error
+    except MethodError as error:
+        raise Problems([((name,), str(error), False)]) from error
+
+
+def _integer(low: int, high: int | None = None) -> Any:
+    return Annotated[int, Field(ge=low, le=high)]
+
+
+def _one_or_each_schema() -> dict[str, Any]:
+    number = {"type": "integer", "minimum": 1}
+    return {"anyOf": [number, {"type": "array", "items": number, "minItems": 1}]}
+
+
+_Each = Annotated[Any, PlainValidator(_one_or_each), WithJsonSchema(_one_or_each_schema())]
+_Percent = {"type": "string", "pattern": f"^{PERCENT}$"}
+
+
+class ModelBlock(BaseModel):
+    """The model that the policy is for; checked before anything runs."""
+
+    model_config = _STRICT
+    type: str = Field(default="", description="The config's model_type.")
+    name: str = ""
+    layers: _integer(1, MAX_LAYERS)  # type: ignore[valid-type]
+    kv_heads: _Each
+    head_dim: _Each
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    fingerprint: str = Field(default="", description="Hash of config and weights.")
+
+
+class TargetBlock(BaseModel):
+    """What the plan was made for: a share of the full cache, or bytes at a context and batch."""
+
+    model_config = _STRICT
+    share: Annotated[Any, PlainValidator(_share), WithJsonSchema(_Percent)] = None
+    bytes: Annotated[
+        Any, PlainValidator(_bytes), WithJsonSchema({"type": ["string", "integer"], "description": "512MiB, 1.5GiB"})
+    ] = None
+    context_tokens: _integer(1) = None  # type: ignore[valid-type]
+    batch: _integer(1) = 1  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TargetBlock:
+        if len(self.model_fields_set & {"share", "bytes"}) != 1:
+            raise ValueError("needs either share or bytes")
+        return self
+
+    def build(self) -> Target:
+        return Target(**{name: getattr(self, name) for name in self.model_fields_set})
+
+
+class LayerBlock(BaseModel):
+    """What one layer, or each of a range of layers, keeps."""
+
+    model_config = _STRICT
+    slots: Annotated[
+        Any,
+        PlainValidator(_slots),
+        WithJsonSchema({"anyOf": [{"const": "full"}, {"type": "integer", "minimum": 1}, _Percent]}),
+    ] = Field(default=None, description="full, tokens per KV head, or a percentage of the prompt.")
+    sink_tokens: _integer(0) = Field(default=None, description="First tokens that are never evicted.")  # type: ignore[valid-type]
+    recent_tokens: _integer(1) = Field(  # type: ignore[valid-type]
+        default=None, description="Last tokens that are never evicted, the current one included."
+    )
+    min_slots: _integer(1) = Field(default=None, description="Floor of a percentage, in tokens.")  # type: ignore[valid-type]
+    evictor: Annotated[Any, PlainValidator(_evictor), WithJsonSchema({})] = Field(
+        default=None, description="Which tokens stay: a name, or a name with parameters."
+    )
+    shares: _integer(0) = Field(default=None, description="Earlier layer whose cache this one reads.")  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _own_or_shared(self) -> LayerBlock:
+        others = sorted(self.model_fields_set - {"shares"})
+        if "shares" in self.model_fields_set and others:
+            raise ValueError(f"shares stands alone, a sharing layer stores nothing; remove {', '.join(others)}")
+        if not self.model_fields_set & {"shares", "slots"}:
+            raise ValueError("needs slots or shares")
+        return self
+
+    def build(self) -> LayerPolicy:
+        return LayerPolicy(**{name: getattr(self, name) for name in self.model_fields_set})
+
+
+class PolicyFile(BaseModel):
+    """A kvplan policy: what each layer of a model's KV cache keeps."""
+
+    model_config = _STRICT
+    kvplan: Literal[1] = Field(description="Format version.")
+    model: ModelBlock = Field(default=None)  # type: ignore[assignment]
+    target: TargetBlock = Field(default=None)  # type: ignore[assignment]
+    layers: dict[Any, LayerBlock] = Field(
+        description="Keys are layers: 5, 0-3 or '4,6-7'.",
+        json_schema_extra={"propertyNames": {"pattern": f"^{LAYER_RANGES}$"}, "minProperties": 1},
+    )
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Where it came from.")
+
+
+BLOCKS: dict[str, type[BaseModel]] = {"model": ModelBlock, "target": TargetBlock, "layers": LayerBlock}
+assert FORMAT_VERSION == 1
+
+
+def known_keys(path: tuple[Any, ...]) -> tuple[str, list[str]]:
+    """What a key at `path` is called, and which ones exist there."""
+    block = PolicyFile if len(path) == 1 else BLOCKS[path[0]]
+    return "key", list(block.model_fields)
+
+
+def explain(error: ValidationError, known: Any) -> list[tuple[tuple[Any, ...], str, bool]]:
+    """pydantic's errors as (path, message, is the key to blame). `known(path)` gives a key's kind and siblings."""
+    found: list[tuple[tuple[Any, ...], str, bool]] = []
+    for e in error.errors(include_url=False):
+        path, cause = tuple(e["loc"]), e.get("ctx", {}).get("error")
+        if isinstance(cause, Problems):
+            found += [((*path, *below), told, at_key) for below, told, at_key in cause.problems]
+        elif e["type"] == "extra_forbidden":
+            kind, names = known(path)
+            told = unknown(kind, str(path[-1]), names) if names else f"unknown {kind} '{path[-1]}' (it has none)"
+            found.append((path, told, True))
+        elif e["type"] == "missing":
+            found.append((path, "is required", False))
+        elif e["type"] in ("model_type", "dict_type", "model_attributes_type"):
+            found.append((path, f"must be a mapping, not {e['input']!r}", False))
+        elif isinstance(cause, ValueError):
+            found.append((path, str(cause), False))
+        else:
+            told = e["msg"]
+            for theirs, ours in _WORDS.items():
+                told = told.replace(theirs, ours)
+            found.append((path, f"{told}, not {e['input']!r}", False))
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a policy file (draft 7)."""
+    data = _tidy(PolicyFile.model_json_schema())
+    data["$defs"]["LayerBlock"]["properties"]["evictor"].update(_evictor_schema())
+    for name, choices in (("LayerBlock", ("slots", "shares")), ("TargetBlock", ("share", "bytes"))):
+        data["$defs"][name]["oneOf"] = [{"required": [choice]} for choice in choices]
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "kvplan policy, format 1", **data}
+
+
+def _evictor_schema() -> dict[str, Any]:
+    params = {}
+    for name in evictors:
+        props = _tidy(parameters(evictors[name]).model_json_schema())
+        params[name] = {"type": ["object", "null"], "additionalProperties": False, "properties": props["properties"]}
+    settings = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
+    return {"anyOf": [{"enum": evictors.names()}, {**settings, "properties": params}]}
+
+
+def _tidy(node: Any) -> Any:
+    """Without pydantic's titles and its null defaults of keys that have none."""
+    if isinstance(node, list):
+        return [_tidy(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    drop = {k for k, v in node.items() if (k == "title" and isinstance(v, str)) or (k == "default" and v in (None, ""))}
+    return {key: _tidy(value) for key, value in node.items() if key not in drop}

@@ -1,0 +1,122 @@
+"""Rules that span fields or layers, and whether a policy fits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from kvplan.errors import PolicyError
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.schema import LayerPolicy, Policy
+
+
+def layer_problems(layers: Mapping[int, LayerPolicy]) -> Iterator[tuple[int, str, str]]:
+    """Yield (layer, field, message) for each broken rule. Layers that are absent from `layers` are not judged."""
+    for index, layer in sorted(layers.items()):
+        if layer.shares is not None:
+            problem = _sharing_problem(index, layer.shares, layers)
+            if problem:
+                yield index, "shares", problem
+        else:
+            yield from ((index, name, problem) for name, problem in _protection_problems(layer))
+
+
+def _sharing_problem(index: int, source: int, layers: Mapping[int, LayerPolicy]) -> str | None:
+    if source == index:
+        return f"layer {index} cannot share its own cache"
+    if source > index:
+        return f"layer {index} cannot share the cache of layer {source}; only an earlier layer's exists by then"
+    if source < 0:
+        return f"layer {index} shares layer {source}; layers count from 0"
+    root = source
+    while root in layers and (further := layers[root].shares) is not None and further < root:
+        root = further
+    if root != source:
+        return f"layer {index} shares layer {source}, which itself shares; name the layer that stores: {root}"
+    return None
+
+
+def _protection_problems(layer: LayerPolicy) -> Iterator[tuple[str, str]]:
+    protected = layer.protected_sinks + layer.recent_tokens
+    told = f"{layer.protected_sinks} sink + {layer.recent_tokens} recent tokens"
+    if layer.slots.tokens is not None and protected > layer.slots.tokens:
+        yield "slots", f"{told} do not fit in {layer.slots.tokens} slots; raise slots to at least {protected}"
+    if layer.slots.share is not None and protected > layer.min_slots:
+        yield (
+            "min_slots",
+            f"{told} do not fit in {layer.min_slots} slots, the floor of the percentage; "
+            f"raise min_slots to at least {protected}",
+        )
+
+
+def check_policy(policy: Policy) -> None:
+    """Check a policy that was built in code, as a file is checked on reading.
+
+    Raises:
+        PolicyError: every broken rule, as `layers.4.shares: ...`.
+    """
+    problems = [f"layers.{i}.{name}: {told}" for i, name, told in layer_problems(dict(enumerate(policy.layers)))]
+    if not policy.layers:
+        problems.append("layers: a policy has at least one layer")
+    stated = policy.model.get("layers")
+    if stated is not None and stated != len(policy.layers):
+        problems.append(f"layers: {len(policy.layers)} layers, but model.layers is {stated}")
+    if problems:
+        raise PolicyError(problems)
+
+
+def check_model(policy: Policy, spec: ModelSpec) -> None:
+    """Check that a policy was made for a model of this shape.
+
+    Raises:
+        PolicyError: every mismatch of shape, dtype or identity, and every layer that the model does not allow.
+    """
+    if len(policy.layers) != spec.num_layers:
+        raise PolicyError(
+            f"the policy has {len(policy.layers)} layers, the model {spec.num_layers}; "
+            "use the model that the policy was made for, or search again"
+        )
+    problems = [*_identity_problems(policy, spec)]
+    for index in range(spec.num_layers):
+        problems += _fit_problems(policy, spec, index)
+    if problems:
+        raise PolicyError(problems)
+
+
+def _identity_problems(policy: Policy, spec: ModelSpec) -> Iterator[str]:
+    ours, theirs = policy.model, spec.policy_block()
+    for name in ("layers", "kv_heads", "head_dim"):
+        if name in ours and ours[name] != theirs[name]:
+            yield f"model.{name}: the policy was made for {ours[name]}, the model has {theirs[name]}; search again"
+    if "dtype" in ours and ours["dtype"] != theirs["dtype"]:
+        yield (
+            f"model.dtype: the policy was made for {ours['dtype']}, the cache holds {theirs['dtype']}; "
+            f"load the model in {ours['dtype']}, or search again"
+        )
+    if ours.get("fingerprint") and spec.fingerprint and ours["fingerprint"] != spec.fingerprint:
+        yield (
+            f"model.fingerprint: the policy was made for another model ({ours['fingerprint']}; this one is "
+            f"{spec.fingerprint}); search again on this model, or delete the fingerprint from the policy "
+            "to use it anyway"
+        )
+
+
+def _fit_problems(policy: Policy, spec: ModelSpec, index: int) -> Iterator[str]:
+    layer, shape = policy.layers[index], spec.layers[index]
+    if layer.shares is None:
+        if shape.window is not None and not layer.slots.is_full:
+            yield (
+                f"layers.{index}.slots: the model limits this layer to a window of {shape.window} tokens by itself; "
+                f"write full, not {layer.slots}"
+            )
+        return
+    source = spec.layers[layer.shares]
+    if source == shape:
+        return
+    if source.window != shape.window:
+        kinds = [f"window {w} tokens" if w else "full attention" for w in (shape.window, source.window)]
+        yield (
+            f"layers.{index}.shares: layer {index} ({kinds[0]}) cannot share the cache of layer {layer.shares} "
+            f"({kinds[1]}); they must attend alike"
+        )
+    else:
+        yield f"layers.{index}.shares: layers {index} and {layer.shares} have caches of different shape"

@@ -1,0 +1,258 @@
+"""Policy files: YAML <-> Policy. The only door by which a policy file enters: everything is checked here, at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from kvplan.errors import PolicyError
+from kvplan.files import read_text, write_text
+from kvplan.methods.params import settings
+from kvplan.policy import file_format
+from kvplan.policy.file_format import LAYER_RANGES, MAX_LAYERS, LayerBlock, PolicyFile
+from kvplan.policy.rules import check_model, check_policy, layer_problems
+from kvplan.policy.schema import FORMAT_VERSION, LayerPolicy, Policy, Target
+from kvplan.policy.yaml_text import Document, Dumper, read
+from kvplan.units import format_share
+
+__all__ = ["check_model", "check_policy", "dump_policy", "json_schema", "load_policy", "parse_policy", "save_policy"]
+
+SCHEMA_FILE = "kvplan-policy-v1.schema.json"
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Read a policy file.
+
+    Raises:
+        PolicyError: everything that is wrong with its content, as `file:line:column: layers.4-15.evictor: ...`.
+        KVPlanError: the file cannot be read.
+    """
+    return parse_policy(read_text(Path(path), "policy file"), str(path))
+
+
+def parse_policy(text: str, name: str = "policy") -> Policy:
+    """Read a policy from YAML text; `name` stands for the file in messages.
+
+    Raises:
+        PolicyError: everything that is wrong with it.
+    """
+    document = read(text, name)
+    _check_version(document)
+    parsed = _check_shape(document)
+    blocks = _layer_blocks(document)
+    layers = _expand(document, blocks)
+    document.raise_problems()
+    assert parsed is not None
+    return Policy(
+        layers=tuple(layers[index] for index in range(len(layers))),
+        model={} if parsed.model is None else parsed.model.model_dump(exclude_unset=True),
+        target=None if parsed.target is None else parsed.target.build(),
+        provenance=parsed.provenance,
+    )
+
+
+def _check_version(document: Document) -> None:
+    """Another version's keys mean nothing here, so this problem is reported alone."""
+    if not isinstance(document.data, dict):
+        document.report((), "a policy file is a mapping with the keys kvplan and layers")
+    elif "kvplan" not in document.data:
+        document.report((), f"no format version; a policy file starts with kvplan: {FORMAT_VERSION}")
+    else:
+        version = document.data["kvplan"]
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            document.report(("kvplan",), f"must be the format version, a number like {FORMAT_VERSION}, not {version!r}")
+        elif version > FORMAT_VERSION:
+            told = f"format {version} needs a newer kvplan; this one reads format {FORMAT_VERSION}"
+            document.report(("kvplan",), told)
+        else:
+            return
+    document.raise_problems()
+
+
+def _check_shape(document: Document) -> PolicyFile | None:
+    try:
+        return PolicyFile.model_validate(document.data)
+    except ValidationError as error:
+        for path, told, at_key in file_format.explain(error, file_format.known_keys):
+            document.report(path, told, at_key=at_key)
+        return None
+
+
+def _layer_blocks(document: Document) -> dict[Any, LayerPolicy | None]:
+    """The layer policy under each key of `layers:`, or None where it is broken (already reported)."""
+    blocks: dict[Any, LayerPolicy | None] = {}
+    raw = document.data.get("layers")
+    for key, value in raw.items() if isinstance(raw, dict) else ():
+        try:
+            blocks[key] = LayerBlock.model_validate(value).build()
+        except ValidationError:
+            blocks[key] = None
+    return blocks
+
+
+def _expand(document: Document, blocks: Mapping[Any, LayerPolicy | None]) -> dict[int, LayerPolicy]:
+    """Layer index -> its policy. Reports overlaps, gaps, layers out of range, and rules between layers."""
+    model = document.data.get("model")
+    stated = model.get("layers") if isinstance(model, dict) else None
+    known = isinstance(stated, int) and not isinstance(stated, bool) and 0 < stated <= MAX_LAYERS
+    count = stated if known else None
+    owners: dict[int, Any] = {}
+    for key in blocks:
+        _claim(document, key, count, owners)
+    _report_gaps(document, owners, count)
+    layers = {i: block for i, key in sorted(owners.items()) if (block := blocks[key]) is not None}
+    for index, name, told in layer_problems(layers):
+        document.report(("layers", owners[index], name), told)
+    return layers
+
+
+def _claim(document: Document, key: Any, count: int | None, owners: dict[int, Any]) -> None:
+    """Give the layers that `key` names to it."""
+    path = ("layers", key)
+    text = str(key)
+    if isinstance(key, bool) or not isinstance(key, (int, str)) or not re.fullmatch(LAYER_RANGES, text, re.ASCII):
+        document.report(path, f"'{key}' names no layers; write for example 5, 0-3 or '4,6-7'", at_key=True)
+        return
+    last = (count if count is not None else MAX_LAYERS) - 1
+    taken: dict[Any, list[int]] = {}
+    for part in text.split(","):
+        low, high = ([int(n) for n in part.split("-")] * 2)[:2]
+        if low > high:
+            document.report(path, f"'{part.strip()}' runs backwards", at_key=True)
+        if max(low, high) > last:
+            document.report(path, f"layer {max(low, high)} is out of range; the last layer is {last}", at_key=True)
+        for index in range(low, min(high, last) + 1):
+            if index in owners:
+                taken.setdefault(owners[index], []).append(index)
+            owners.setdefault(index, key)
+    for other, indices in taken.items():
+        whose = "more than once by this key" if other == key else f"by {other} too"
+        document.report(path, f"{_named(indices)} given {whose}; give each layer once", at_key=True)
+
+
+def _report_gaps(document: Document, owners: Mapping[int, Any], count: int | None) -> None:
+    if not isinstance(document.data.get("layers"), dict):
+        return
+    expected = count if count is not None else max(owners, default=0) + 1
+    missing = [index for index in range(expected) if index not in owners]
+    if missing:
+        document.report(("layers",), f"nothing is said about {_named(missing)}", at_key=True)
+
+
+def _named(indices: list[int]) -> str:
+    return f"layer{'s' if len(indices) > 1 else ''} {layer_ranges(indices)}"
+
+
+def layer_ranges(indices: list[int]) -> str:
+    """[4, 6, 7] -> '4,6-7'."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def save_policy(policy: Policy, path: str | Path) -> None:
+    """Write a policy file, whole or not at all.
+
+    Raises:
+        PolicyError: the policy could not be read back.
+        KVPlanError: the file cannot be written.
+    """
+    text = dump_policy(policy)
+    parse_policy(text, str(path))
+    write_text(Path(path), text)
+
+
+def dump_policy(policy: Policy) -> str:
+    """The policy as YAML text. Equal layers become one entry; a sharing layer's unused fields are not written.
+
+    Raises:
+        PolicyError: `model` or `provenance` holds something that is not plain data.
+    """
+    lines = [f"# yaml-language-server: $schema=./{SCHEMA_FILE}", f"kvplan: {FORMAT_VERSION}"]
+    if policy.model:
+        lines.append(f"model: {_flow(_plain(policy.model, 'model'))}")
+    if policy.target is not None:
+        lines.append(f"target: {_flow(_target(policy.target))}")
+    lines.append("layers:")
+    groups: dict[str, list[int]] = {}
+    for index, layer in enumerate(policy.layers):
+        groups.setdefault(_flow(layer_block(layer)), []).append(index)
+    for text, indices in groups.items():
+        key = layer_ranges(indices)
+        lines.append(f'  "{key}": {text}' if "," in key else f"  {key}: {text}")
+    if policy.provenance:
+        block = {"provenance": _plain(policy.provenance, "provenance")}
+        lines.append(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def layer_block(layer: LayerPolicy) -> dict[str, Any]:
+    """One layer as the file writes it: what takes effect is spelled out, what does not is written only if set."""
+    if layer.shares is not None:
+        return {"shares": layer.shares}
+    slots, default = layer.slots, LayerPolicy()
+    written: dict[str, Any] = {"slots": slots.tokens if slots.tokens is not None else str(slots)}
+    for name in ("sink_tokens", "recent_tokens", "min_slots"):
+        counts = slots.share is not None or (slots.tokens is not None and name != "min_slots")
+        if counts or getattr(layer, name) != getattr(default, name):
+            written[name] = getattr(layer, name)
+    if not slots.is_full or layer.evictor != default.evictor:
+        params = settings(layer.evictor)
+        written["evictor"] = {layer.evictor.name: params} if params else layer.evictor.name
+    return written
+
+
+def _target(target: Target) -> dict[str, Any]:
+    written: dict[str, Any] = {}
+    if target.share is not None:
+        written["share"] = format_share(target.share)
+    if target.bytes is not None:
+        written["bytes"] = _size(target.bytes)
+    if target.context_tokens is not None:
+        written["context_tokens"] = target.context_tokens
+    if target.bytes is not None or target.batch != 1:
+        written["batch"] = target.batch
+    return written
+
+
+def _size(count: int) -> str:
+    """The largest unit that states the bytes exactly: 536870912 -> '512MiB'."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count and count % 2**power == 0:
+            return f"{count >> power}{unit}"
+    return f"{count}B"
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Mappings as dicts and sequences as lists, down to scalars.
+
+    Raises:
+        PolicyError: something else is in there.
+    """
+    if isinstance(value, Mapping):
+        return {_plain(key, where): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}.{index}") for index, item in enumerate(value)]
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    raise PolicyError(f"{where}: a policy file cannot hold a {type(value).__name__}; make it a number or text")
+
+
+def _flow(data: dict[str, Any]) -> str:
+    text = yaml.dump(data, Dumper=Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
+    return str(text).rstrip("\n")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 7) of a policy file, for editors; shipped beside this module."""
+    return file_format.schema()

@@ -1,0 +1,1 @@
+"""Results as text and tables. Draws, and computes nothing that a result does not hold."""

@@ -1,0 +1,107 @@
+"""attach(): put a policy on a model for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvplan.errors import RuntimeLimitError
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.schema import FULL, LayerPolicy, Policy
+from kvplan.policy.serialize import check_model, load_policy
+from kvplan.runtime.attention import register
+from kvplan.runtime.cache import PolicyCache
+
+_ATTACHED = "_kvplan_attached"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A policy on a model. Caches made here work only while it is attached."""
+
+    model: Any
+    policy: Policy
+    spec: ModelSpec
+
+    def new_cache(self) -> PolicyCache:
+        """An empty cache for one batch of sequences."""
+        return PolicyCache(self.policy, self.spec)
+
+
+class _NoProjection(nn.Module):
+    """Stands in for a key or value projection whose result nobody reads: zeros that take no memory."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], self.out_features)
+
+
+def full_policy(model: Any) -> Policy:
+    """The policy that keeps everything: generates what the model alone would."""
+    spec = spec_of(model)
+    return Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers, model=spec.policy_block())
+
+
+def spec_of(model: Any) -> ModelSpec:
+    """The model's shape, in the dtype that it runs in."""
+    return ModelSpec.from_config(model.config, str(next(model.parameters()).dtype).removeprefix("torch."))
+
+
+@contextlib.contextmanager
+def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = None) -> Iterator[Runtime]:
+    """Run `model` under `policy` inside the `with` block; the model is as it was afterwards.
+
+    Args:
+        model: A transformers decoder that goes through the attention interface.
+        policy: A `Policy`, or the path of a policy file.
+        spec: The model's shape, when it is already known (with a fingerprint, the policy's is checked against it).
+
+    Raises:
+        PolicyError: the policy does not fit the model.
+        ModelError: the model cannot be planned.
+        RuntimeLimitError: another policy is attached to this model.
+    """
+    policy = policy if isinstance(policy, Policy) else load_policy(policy)
+    spec = spec_of(model) if spec is None else spec
+    check_model(policy, spec)
+    if getattr(model, _ATTACHED, False):
+        raise RuntimeLimitError("a policy is already attached to this model; leave its `with` block first")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(register())
+    if model.config._attn_implementation == before:
+        raise RuntimeLimitError(f"{spec.model_type} does not use transformers' attention interface; kvplan cannot attach to it")
+    setattr(model, _ATTACHED, True)
+    try:
+        with _without_projections(model, policy):
+            yield Runtime(model, policy, spec)
+    finally:
+        delattr(model, _ATTACHED)
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _without_projections(model: nn.Module, policy: Policy) -> Iterator[None]:
+    """Take away the key and value projections of sharing layers (models that fuse them still compute them)."""
+    taken: list[tuple[nn.Module, str, nn.Module]] = []
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or index >= len(policy.layers) or policy.layers[index].shares is None:
+            continue
+        for name in ("k_proj", "v_proj"):
+            projection = getattr(module, name, None)
+            if isinstance(projection, nn.Linear):
+                taken.append((module, name, projection))
+                setattr(module, name, _NoProjection(projection.out_features))
+    try:
+        yield
+    finally:
+        for module, name, projection in taken:
+            setattr(module, name, projection)

@@ -1,0 +1,239 @@
+"""PolicyCache: a transformers cache whose layers are slot pools, and the proof of what they hold."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvplan.errors import MemoryPlanExceeded, RuntimeLimitError
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.memory import BytesPlan, plan
+from kvplan.policy.schema import Policy
+from kvplan.runtime.kernels.dense import AttentionArgs, attend
+from kvplan.runtime.layers.budgeted import BudgetedLayer, Seen
+from kvplan.runtime.layers.shared import SharedLayer
+
+
+@dataclass
+class _Prompt:
+    """A layer's whole prompt, kept only until the last layer that shares it has run."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class _Thread(threading.local):
+    """What one forward pass hands from one transformers call to the next."""
+
+    mask_for: PolicyCache | None = None
+    pending: tuple[Tensor, PolicyCache, int] | None = None
+
+
+HANDOFF = _Thread()
+
+
+def build_layer(policy: Policy, spec: ModelSpec, index: int) -> BudgetedLayer:
+    """The cache layer that carries out one layer policy."""
+    layer = policy.layers[index]
+    kind = BudgetedLayer if layer.shares is None else SharedLayer
+    return kind(layer, spec.layers[index])
+
+
+class PolicyCache(Cache):  # type: ignore[misc]
+    """Pass as `past_key_values` to `generate` or to a forward call of the attached model.
+
+    Args:
+        policy: What each layer keeps.
+        spec: The model's shape.
+    """
+
+    def __init__(self, policy: Policy, spec: ModelSpec) -> None:
+        super().__init__(layers=[build_layer(policy, spec, i) for i in range(spec.num_layers)])
+        self.policy, self.spec = policy, spec
+        self.padding: Tensor | None = None
+        self.mask_noted = False
+        self.peak_kv_bytes = 0
+        sources = [policy.source(i) for i in range(spec.num_layers)]
+        self._last_reader = {source: max(i for i, s in enumerate(sources) if s == source) for source in set(sources)}
+        self._contexts: dict[int, _Prompt | list[Seen]] = {}
+
+    # -- the transformers interface -------------------------------------------------------------------------------
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        HANDOFF.mask_for = self
+        return self.layers[0].get_mask_sizes(query_length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Leave the new keys for the attention call that follows, which finds its layer by the key tensor's identity."""
+        HANDOFF.pending = (key_states, self, layer_idx)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[0].columns
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    # -- one layer's turn -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run_layer(self, index: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any) -> Tensor:
+        """Store the new tokens of one layer under its policy and attend.
+
+        Args:
+            q: [B, Hq, T, D]; keys, values: [B, Hkv, T, D].
+            prefill: `(keys, values) -> output [B, T, Hq, Dv]`, the model's own attention over a whole prompt.
+        """
+        if not self.mask_noted:
+            raise RuntimeLimitError(
+                "this forward brought its own 4-D attention mask, which kvplan's cache cannot honour after eviction; "
+                "pass a 2-D attention_mask (or none)"
+            )
+        layer: BudgetedLayer = self.layers[index]
+        source = self.policy.source(index)
+        first = layer.columns == 0
+        if first:
+            output = self._run_prompt(index, source, q, keys, values, args, prefill)
+        else:
+            output = self._run_later(index, source, q, keys, values, args)
+        layer.columns += q.shape[2]
+        if self._last_reader.get(source) == index:
+            self._contexts.pop(source, None)
+        if index == self.spec.num_layers - 1:
+            self.mask_noted, self.padding = False, None
+        return output
+
+    def _run_prompt(
+        self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any
+    ) -> Tensor:
+        if source != index:
+            prompt = self._contexts[source]
+            assert isinstance(prompt, _Prompt)
+            return prefill(prompt.keys, prompt.values)
+        output = prefill(keys, values)
+        self.layers[index].store_prompt(q, keys, values, self._valid(keys), args)
+        if self._last_reader[index] != index:
+            self._contexts[index] = _Prompt(keys, values)
+        self._note_peak(_storage_bytes(keys) + _storage_bytes(values), index)
+        return output
+
+    def _run_later(self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> Tensor:
+        if source != index:
+            seen = self._contexts[source]
+            assert isinstance(seen, list)
+            parts = [attend(q[s.start : s.stop], s.keys, s.values, s.mask, args) for s in seen]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        layer = self.layers[index]
+        before = layer.pool
+        output, seen = layer.append(q, keys, values, args)
+        if self._last_reader[index] != index:
+            self._contexts[index] = seen
+        if layer.pool is not before or keys.shape[2] > 1:
+            extra = sum(before.bytes_by_kind().values()) if layer.pool is not before else 0
+            if keys.shape[2] > 1:
+                extra += sum(_storage_bytes(s.keys) + _storage_bytes(s.values) for s in seen)
+            self._note_peak(extra, index)
+        return output
+
+    def _valid(self, keys: Tensor) -> Tensor:
+        """[B, T] bool; refuses padding that is not on the left."""
+        B, _, T, _ = keys.shape
+        if self.padding is None:
+            return torch.ones(B, T, dtype=torch.bool, device=keys.device)
+        valid = self.padding[:, :T].to(keys.device, torch.bool)
+        if bool((valid[:, 1:] < valid[:, :-1]).any()):
+            raise RuntimeLimitError("the attention mask has padding after text; kvplan's cache needs left padding")
+        if not bool(valid[:, -1].all()):
+            raise RuntimeLimitError("a row of the batch has no token at all; drop it")
+        return valid
+
+    def _note_peak(self, extra_bytes: int, index: int) -> None:
+        held = sum(
+            _storage_bytes(c.keys) + _storage_bytes(c.values)
+            for source, c in self._contexts.items()
+            if isinstance(c, _Prompt) and source != index
+        )
+        self.peak_kv_bytes = max(self.peak_kv_bytes, self.kv_bytes + held + extra_bytes)
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+    def crop(self, max_length: int) -> None:
+        self.layers[0].crop(max_length)
+
+    def activate_past_recording(self, *args: Any, **kwargs: Any) -> None:
+        self.layers[0].crop(0)
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            layer.reset()
+        self.padding, self.mask_noted, self.peak_kv_bytes = None, False, 0
+        self._contexts.clear()
+
+    # -- proof ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _owner(self) -> BudgetedLayer:
+        return self.layers[self.policy.source(0)]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Storage bytes held now, side arrays included."""
+        return sum(sum(layer.bytes_by_kind().values()) for layer in self.layers)
+
+    @property
+    def full_kv_bytes(self) -> int:
+        """What a cache that evicts nothing would hold for the same tokens, without padding."""
+        owner = self._owner
+        return self.spec.full_kv_bytes([owner.seen(b) for b in range(len(owner.prompt_tokens))])
+
+    @property
+    def plan(self) -> BytesPlan:
+        """What the policy promises for the tokens seen so far."""
+        owner = self._owner
+        return plan(self.policy, self.spec, owner.prompt_tokens, owner.appended)
+
+    def report(self) -> dict[str, Any]:
+        """Bytes by layer and kind, planned, held and peak; tokens seen and held per row.
+
+        Raises:
+            MemoryPlanExceeded: more bytes are held than were planned.
+        """
+        planned, owner = self.plan, self._owner
+        if self.kv_bytes > planned.total:
+            raise MemoryPlanExceeded(f"the cache holds {self.kv_bytes} bytes, the plan allows {planned.total}")
+        return {
+            "kv_bytes": self.kv_bytes,
+            "kv_bytes_planned": planned.total,
+            "kv_bytes_full": self.full_kv_bytes,
+            "peak_kv_bytes": self.peak_kv_bytes,
+            "tokens_seen": [owner.seen(b) for b in range(len(owner.prompt_tokens))],
+            "layers": [
+                {**layer.bytes_by_kind(), "held": [layer.held(b) for b in range(len(layer.prompt_tokens))]}
+                for layer in self.layers
+            ],
+        }
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's values; a view of a fused projection counts only its own part."""
+    return tensor.numel() * tensor.element_size()

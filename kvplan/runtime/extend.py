@@ -1,0 +1,105 @@
+"""Several tokens at once on a cache that already holds some: exactly what the same tokens one by one would do.
+
+Old slots and new tokens are laid side by side. Each has a life: the step at which it enters and the step at which it is
+overwritten. A query sees what is alive at its own step, so one masked attention gives every step's result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvplan.methods.evictors import Evictor
+from kvplan.runtime.kernels.dense import AttentionArgs, attention_logits, masked_softmax
+
+FOREVER = 2**30
+
+
+@dataclass(frozen=True)
+class RowState:
+    """One row before the new tokens: slots held, capacity (or None), protected sinks, and ring overwrites so far."""
+
+    held: int
+    capacity: int | None
+    sinks: int
+    overwrites: int
+
+
+def ring_slot(state: RowState, step: int) -> int:
+    """The slot that the `step`-th new token goes to."""
+    slot = state.held + step
+    if state.capacity is None or slot < state.capacity:
+        return slot
+    return state.sinks + (state.overwrites + slot - state.capacity) % (state.capacity - state.sinks)
+
+
+def ring_visibility(rows: list[RowState], num_old: int, num_new: int, device: torch.device) -> Tensor:
+    """[B, 1, T, num_old + T] bool: which old slots and new tokens each new token's query sees.
+
+    Args:
+        num_old: Old slots laid out per row (the largest `held`).
+        num_new: New tokens T.
+    """
+    death = torch.full((len(rows), num_old + num_new), FOREVER)
+    birth = torch.zeros(len(rows), num_old + num_new, dtype=torch.int64)
+    birth[:, num_old:] = torch.arange(num_new)
+    for b, state in enumerate(rows):
+        birth[b, state.held : num_old] = FOREVER
+        if state.capacity is None:
+            continue
+        occupant = {}
+        for step in range(num_new):
+            slot = ring_slot(state, step)
+            old = occupant.get(slot, slot if slot < state.held else None)
+            if old is not None:
+                death[b, old] = step
+            occupant[slot] = num_old + step
+    birth, death = birth.to(device), death.to(device)
+    steps = torch.arange(num_new, device=device)[:, None]
+    return ((birth[:, None] <= steps) & (steps < death[:, None]))[:, None]
+
+
+def score_scan(
+    evictor: Evictor,
+    rows: list[RowState],
+    recent_tokens: int,
+    q: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    scores: Tensor,
+    args: AttentionArgs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a score evictor over T new tokens, step by step.
+
+    Args:
+        q: [B, Hq, T, D] queries of the new tokens.
+        keys: [B, Hkv, N + T, D] old slots, then the new tokens.
+        positions: [B, H, N + T] true positions; scores: [B, H, N + T] float32, 0 for the new tokens.
+
+    Returns:
+        visible [B, H, T, N + T] bool, the final scores, and alive [B, H, N + T] bool after the last step.
+    """
+    B, H, width = positions.shape
+    T = q.shape[2]
+    N = width - T
+    logits = attention_logits(q, keys, args)  # [B, Hkv, G, T, N + T]
+    held = torch.tensor([state.held for state in rows], device=keys.device)
+    limits = torch.tensor([FOREVER if s.capacity is None else s.capacity for s in rows], device=keys.device)
+    sinks = torch.tensor([state.sinks for state in rows], device=keys.device)[:, None, None]
+    alive = (torch.arange(width, device=keys.device) < held[:, None])[:, None].expand(B, H, width).clone()
+    alive[..., N:] = False
+    visible = torch.zeros(B, H, T, width, dtype=torch.bool, device=keys.device)
+    for step in range(T):
+        now = positions[:, :, N + step, None]
+        full = (held + step >= limits)[:, None, None]
+        protected = (positions < sinks) | (positions > now - recent_tokens)
+        candidates = scores.masked_fill(~alive | protected, torch.inf)
+        victim = candidates.min(-1, keepdim=True).indices
+        alive.scatter_(-1, victim, alive.gather(-1, victim) & ~full)
+        alive[..., N + step] = True
+        visible[:, :, step] = alive
+        probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args)
+        scores = evictor.observe(scores, probs[..., 0, :].float())
+    return visible, scores, alive

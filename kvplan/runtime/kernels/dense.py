@@ -1,0 +1,75 @@
+"""Attention of new queries over slots, query groups folded so that no key is ever repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionArgs:
+    """What a model asks of its attention: scale, logit soft cap and learned sink logits [Hq] (or None)."""
+
+    scaling: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and self.sink_logits is None
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:
+    """Masked attention.
+
+    Args:
+        q: [B, Hq, T, D].
+        keys, values: [B, Hkv, S, D].
+        mask: [B or 1, Hkv or 1, T, S] bool, True is visible; None makes all visible.
+
+    Returns:
+        [B, T, Hq, Dv].
+    """
+    B, Hq, T, _ = q.shape
+    Hkv = keys.shape[1]
+    if not args.plain:
+        probs = attention_probs(q, keys, mask, args)
+        out = (probs.to(values.dtype).flatten(2, 3) @ values).unflatten(2, (Hq // Hkv, T))
+    else:
+        grouped = q.reshape(B, Hkv, -1, q.shape[-1])  # [B, Hkv, G * T, D]
+        if mask is not None and T > 1:
+            mask = mask[:, :, None].expand(-1, -1, Hq // Hkv, -1, -1).flatten(2, 3)  # [B, ., G * T, S]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=args.scaling)
+        out = out.unflatten(2, (Hq // Hkv, T))  # [B, Hkv, G, T, Dv]
+    return out.flatten(1, 2).transpose(1, 2)
+
+
+def attention_logits(q: Tensor, keys: Tensor, args: AttentionArgs) -> Tensor:
+    """Query-key products, scaled and soft-capped: [B, Hkv, G, T, S] float32 (float64 for float64 keys)."""
+    B, Hkv = q.shape[0], keys.shape[1]
+    T = q.shape[2]
+    grouped = q.reshape(B, Hkv, -1, q.shape[-1])
+    logits = (grouped @ keys.mT).unflatten(2, (-1, T)) * args.scaling
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if args.softcap is None else torch.tanh(logits / args.softcap) * args.softcap
+
+
+def masked_softmax(logits: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:
+    """Softmax over the last axis of [B, Hkv, G, T, S]; learned sinks take mass but are not returned."""
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    if args.sink_logits is None:
+        probs = logits.softmax(-1)
+    else:
+        B, Hkv, G, T, _ = logits.shape
+        sinks = args.sink_logits.to(logits.dtype).view(1, Hkv, G, 1, 1).expand(B, -1, -1, T, -1)
+        probs = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+    return probs if mask is None else probs * mask
+
+
+def attention_probs(q: Tensor, keys: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:
+    """[B, Hkv, G, T, S] probabilities; `mask` as in `attend`."""
+    return masked_softmax(attention_logits(q, keys, args), None if mask is None else mask[:, :, None], args)

@@ -1,0 +1,1 @@
+"""Cache layers, one storage shape a file."""

@@ -1,0 +1,101 @@
+"""What evictors need of a prompt, and which of its tokens go into which slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvplan.methods.evictors import Evictor, PromptView, Signal
+from kvplan.policy.schema import LayerPolicy
+from kvplan.runtime.kernels.dense import AttentionArgs
+
+QUERY_BLOCK = 128
+
+
+def column_sums(q: Tensor, keys: Tensor, valid: Tensor, args: AttentionArgs) -> Tensor:
+    """Attention mass each key receives from all queries of the prompt, mean over the query group.
+
+    Blocked over queries, so memory is O(block x T). Padded queries and keys give and take nothing.
+
+    Args:
+        q: [B, Hq, T, D]; keys: [B, Hkv, T, D]; valid: [B, T] bool.
+
+    Returns:
+        [B, Hkv, T] float32.
+    """
+    B, Hkv, T, _ = keys.shape
+    grouped = q.unflatten(1, (Hkv, -1)).float()  # [B, Hkv, G, T, D]
+    keys_t = keys.float().mT
+    sums = keys.new_zeros((B, Hkv, T), dtype=torch.float32)
+    positions = torch.arange(T, device=keys.device)
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        block = grouped[:, :, :, start:end]
+        logits = (block.flatten(2, 3) @ keys_t[..., :end]).unflatten(2, block.shape[2:4]) * args.scaling
+        if args.softcap is not None:
+            logits = torch.tanh(logits / args.softcap) * args.softcap
+        visible = (positions[:end] <= positions[start:end, None]) & valid[:, None, None, None, :end]
+        probs = logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1)
+        probs = probs * valid[:, None, None, start:end, None]
+        sums[..., :end] += (probs * visible).mean(2).sum(2)
+    return sums
+
+
+def prompt_view(evictor: Evictor, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs) -> PromptView:
+    """The view with just the signals that the evictor needs."""
+    wants_sums = Signal.COLUMN_SUMS in evictor.needs
+    return PromptView(
+        keys=keys,
+        values=values,
+        valid=valid,
+        scaling=args.scaling,
+        softcap=args.softcap,
+        queries=q[:, :, -max(evictor.window_tokens_needed, 1) :],
+        column_sums=column_sums(q, keys, valid, args) if wants_sums else None,
+    )
+
+
+def slot_order(scores: Tensor, policy: LayerPolicy, capacity: int | None) -> Tensor:
+    """Which prompt tokens a row keeps, in slot order.
+
+    Sinks come first. A ring (evictors that keep no scores) is then filled from the lowest rank up, so that the slots to be
+    overwritten first hold the tokens that matter least; recent tokens come last, in order of time. Score evictors keep the
+    order of time. Ties go to the later token.
+
+    Args:
+        scores: [H, T_b] of one row, without padding.
+        capacity: Slots of the row, or None for all.
+
+    Returns:
+        [H, n] int64 token indices, n = min(T_b, capacity).
+    """
+    H, T = scores.shape
+    everything = torch.arange(T, device=scores.device).expand(H, T)
+    if capacity is None:
+        return everything
+    keep = min(T, capacity)
+    sinks = min(policy.protected_sinks, keep)
+    ranked = scores.double().clone()
+    ranked[:, T - min(policy.recent_tokens, T) :] = torch.inf
+    rest = ranked[:, sinks:].flip(-1)
+    descending = T - 1 - rest.sort(dim=-1, descending=True, stable=True).indices[:, : keep - sinks]
+    kept = torch.cat([everything[:, :sinks], descending.flip(-1)], -1)
+    return kept.sort(dim=-1).values if policy.evictor.keeps_scores else kept
+
+
+def row_lengths(valid: Tensor) -> list[int]:
+    """Tokens per row of a left-padded batch."""
+    return [int(n) for n in valid.sum(-1).tolist()]
+
+
+def gather_slots(source: Tensor, order: Tensor) -> Tensor:
+    """[Hkv, T, D] at [H, n] -> [Hkv, n, D]; one set of indices serves all heads when H is 1."""
+    index = order.expand(source.shape[0], -1)[..., None].expand(-1, -1, source.shape[-1])
+    return source.gather(1, index)
+
+
+def capacities(policy: LayerPolicy, window: int | None, lengths: Sequence[int]) -> list[int | None]:
+    """Slots that each row may ever hold; a native window is its own capacity."""
+    return [window if window is not None else policy.capacity(n) for n in lengths]

@@ -1,0 +1,115 @@
+"""Knapsack: the best split and evictors if the damage of layers simply added up, from the profile alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvplan.methods.evictors import Evictor
+from kvplan.search.budget import Budget
+from kvplan.units import BASIS_POINTS
+
+Curve = Mapping[int, float]  # basis points of the prompt kept in one layer -> KL
+NO_KL = 1e-9
+GRID = 48
+BINS = 4096
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the knapsack picks for one layer: `units` as in `Budget`, and the KL that the profile promises."""
+
+    evictor: str
+    units: int
+    kl: float
+
+
+def kl_at(curve: Curve, share: float) -> float:
+    """KL of a layer that keeps `share` basis points, between and beyond the measured ones.
+
+    Between two measured shares log KL is linear in the share; from the largest to everything, KL is linear to 0. Below
+    the smallest measured share it grows at least in inverse proportion to the share, and at least as fast (in log-log)
+    as between the two smallest: an unmeasured cut is never assumed to be cheap.
+    """
+    if share >= BASIS_POINTS:
+        return 0.0
+    shares = sorted(s for s in curve if s < BASIS_POINTS)
+    # Noise may let a smaller share look better; keeping more never counts as worse than keeping less.
+    kls = [max(curve[s] for s in shares[i:]) for i in range(len(shares))]
+    kls = [max(k, NO_KL) for k in kls]
+    if share >= shares[-1]:
+        return kls[-1] * (BASIS_POINTS - share) / (BASIS_POINTS - shares[-1])
+    if share < shares[0]:
+        power = 1.0
+        if len(shares) > 1:
+            power = max(power, math.log(kls[0] / kls[1]) / math.log(shares[1] / shares[0]))
+        return kls[0] * (shares[0] / max(share, 1)) ** power
+    return float(np.exp(np.interp(share, shares, np.log(kls))))
+
+
+def best_evictor(curves: Mapping[str, Mapping[int, Sequence[float]]], layers: Sequence[int], share: float) -> str:
+    """The evictor with the smallest summed KL over `layers` when each keeps `share` basis points."""
+    return min(sorted(curves), key=lambda e: sum(kl_at({s: v[i] for s, v in curves[e].items()}, share) for i in layers))
+
+
+def solve(
+    curves: Mapping[str, Mapping[int, Sequence[float]]],
+    evictors: Mapping[str, Evictor],
+    budget: Budget,
+    layers: Sequence[int],
+) -> dict[int, Choice]:
+    """Minimise the summed KL of `layers` under the budget: one evictor and one grid point per layer.
+
+    Dynamic programming over bytes above the cheapest choice, in bins rounded up (so the answer always fits). KL curves
+    have cliffs, which Lagrangian relaxation jumps over; the DP needs no convexity and is instant.
+
+    Args:
+        curves: `Profile.sensitivity`: evictor -> basis points -> KL per layer.
+        evictors: The evictors to choose from, all of them measured.
+        budget: The target; `budget.check` must have passed.
+        layers: Layers that store a cache of their own.
+    """
+    options = {i: _options(curves, evictors, budget, i) for i in layers}
+    cheapest = {i: min(cost for cost, _ in options[i]) for i in layers}
+    spare = budget.total - sum(cheapest.values())
+    quantum = max(1, -(-spare // BINS))
+    bins = spare // quantum + 1
+    best = np.zeros(bins)
+    picks: list[np.ndarray] = []
+    for i in layers:
+        totals = np.full((len(options[i]), bins), np.inf)
+        for row, (cost, choice) in enumerate(options[i]):
+            extra = -(-(cost - cheapest[i]) // quantum)
+            if extra < bins:
+                totals[row, extra:] = best[: bins - extra] + choice.kl
+        picks.append(totals.argmin(0))
+        best = totals.min(0)
+    left, chosen = bins - 1, {}
+    for i, pick in zip(reversed(layers), reversed(picks), strict=True):
+        cost, chosen[i] = options[i][int(pick[left])]
+        left -= -(-(cost - cheapest[i]) // quantum)
+    return chosen
+
+
+def _options(
+    curves: Mapping[str, Mapping[int, Sequence[float]]], evictors: Mapping[str, Evictor], budget: Budget, layer: int
+) -> list[tuple[int, Choice]]:
+    """(cost, choice) without those that another one beats in both."""
+    found: list[tuple[int, Choice]] = []
+    for name, evictor in evictors.items():
+        floor, cap = budget.floor(layer, evictor), budget.cap(layer, evictor)
+        measured = {share: values[layer] for share, values in curves[name].items()}
+        grid = {round(x) for x in np.geomspace(max(floor, 1), cap, GRID)}
+        grid |= {share * budget.whole // BASIS_POINTS for share in measured}
+        for units in sorted({min(max(x, floor), cap) for x in grid}):
+            kl = 0.0 if units == cap else kl_at(measured, units * BASIS_POINTS / budget.whole)
+            found.append((units * budget.cost(layer, evictor), Choice(name, units, kl)))
+    found.sort(key=lambda option: (option[0], option[1].kl, option[1].evictor))
+    kept: list[tuple[int, Choice]] = []
+    for cost, choice in found:
+        if not kept or choice.kl < kept[-1][1].kl:
+            kept.append((cost, choice))
+    return kept

@@ -1,0 +1,171 @@
+"""A trial's parameters -> a policy under the target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvplan.calibrate.groups import layer_groups
+from kvplan.errors import ProfileError
+from kvplan.methods.evictors import Evictor, evictors
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.schema import LayerPolicy, Policy, Target
+from kvplan.search.allocators import allocators, knapsack
+from kvplan.search.budget import Budget, Protection
+from kvplan.search.project import project
+from kvplan.search.sharing import rankers, sharing_map
+from kvplan.units import BASIS_POINTS
+
+if TYPE_CHECKING:
+    from kvplan.calibrate.profile import Profile
+
+KNAPSACK = "knapsack"
+PROFILE = "profile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """One point of the search space.
+
+    Args:
+        split: Name of an allocator, or `knapsack`.
+        scales: Factor on the split per layer group, before the projection.
+        evictors: Evictor name per layer group, or `profile`: what the knapsack picks for each layer.
+        shared_layers: How many layers read another layer's cache.
+    """
+
+    split: str
+    scales: tuple[float, ...]
+    evictors: tuple[str, ...]
+    shared_layers: int = 0
+
+
+class Compiler:
+    """Turns parameters into policies, for one profile and one target.
+
+    Args:
+        profile: Importance, sensitivity and pair distances of the layers.
+        budget: The target.
+        names: Evictors to choose from; all of the profile's when empty.
+        groups: Layers that are decided together; by default those of alike sensitivity, the least sensitive first.
+        ranker: Name of the ranker of layer pairs.
+
+    Raises:
+        ProfileError: the profile holds no sensitivity for a name.
+        TargetError: the target cannot be met with one of the evictors.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        budget: Budget,
+        names: Sequence[str] = (),
+        groups: Sequence[Sequence[int]] | None = None,
+        ranker: str = "kvsharer",
+    ) -> None:
+        self._curves = profile.sensitivity
+        if not self._curves:
+            raise ProfileError("the profile holds no sensitivity; run kvplan calibrate without --no-sensitivity")
+        self.names = sorted(set(names or self._curves))
+        self.evictors: dict[str, Evictor] = {name: evictors[name]() for name in self.names}
+        missing = [name for name in self.names if name not in self._curves]
+        if missing:
+            raise ProfileError(
+                f"the profile holds no sensitivity for {', '.join(missing)}; calibrate with it, or choose among: "
+                f"{', '.join(sorted(self._curves))}"
+            )
+        budget.check(self.evictors.values())
+        self.budget = budget
+        self._importance = profile.importance
+        self.groups = [list(g) for g in groups] if groups is not None else self._natural_groups()
+        self._group_of = {layer: g for g, members in enumerate(self.groups) for layer in members}
+        self._ranked = rankers[ranker]().rank(_pair_distances(profile))
+        self._solved: dict[int, dict[int, knapsack.Choice]] = {}
+        available = len(sharing_map(self._ranked, budget.spec, budget.spec.num_layers))
+        self.max_shared = min(budget.spec.num_layers // 4, available)
+
+    @property
+    def mean_share(self) -> float:
+        """What a uniform split gives every layer, 0 to 1."""
+        plain = sum(self.budget.spec.token_bytes(i) for i in self.budget.layers) * self.budget.whole
+        return min(self.budget.total / plain, 1.0)
+
+    def best_evictor(self) -> str:
+        """The one with the smallest summed sensitivity at the mean share."""
+        curves = {name: self._curves[name] for name in self.names}
+        return knapsack.best_evictor(curves, self.budget.layers, self.mean_share * BASIS_POINTS)
+
+    def compile(self, params: Params, provenance: Mapping[str, Any] | None = None) -> Policy:
+        """A valid policy whose planned bytes are at most the target's."""
+        budget, spec = self.budget, self.budget.spec
+        source_of = sharing_map(self._ranked, spec, params.shared_layers)
+        owners = [i for i in budget.layers if i not in source_of]
+        names = [self._evictor_name(params, i, owners) for i in owners]
+        chosen = [self.evictors[name] for name in names]
+        cost = [budget.cost(i, e) for i, e in zip(owners, chosen, strict=True)]
+        plain = sum(spec.token_bytes(i) for i in owners) * budget.whole
+        if params.split == KNAPSACK:
+            base = [float(self._knapsack(owners)[i].units) for i in owners]
+        else:
+            importance = [self._importance[i] for i in owners]
+            base = allocators[params.split]().split(importance, min(budget.total / plain, 1.0))
+        raw = [b * params.scales[self._group_of[i]] for b, i in zip(base, owners, strict=True)]
+        floor = [budget.floor(i, e) for i, e in zip(owners, chosen, strict=True)]
+        cap = [budget.cap(i, e) for i, e in zip(owners, chosen, strict=True)]
+        units = project(raw, cost, budget.total, floor, cap)
+        plans = {i: self._layer(i, u, e) for i, u, e in zip(owners, units, chosen, strict=True)}
+        plans |= {i: LayerPolicy(shares=source) for i, source in source_of.items()}
+        return Policy(
+            layers=tuple(plans.get(i, LayerPolicy()) for i in range(spec.num_layers)),
+            model=spec.policy_block(),
+            target=budget.target,
+            provenance=dict(provenance or {}),
+        )
+
+    def _natural_groups(self) -> list[list[int]]:
+        """Clusters of log KL at the mean share, each layer with the evictor that suits it best."""
+        share, layers = self.mean_share * BASIS_POINTS, self.budget.layers
+        curves = [self._curves[name] for name in self.names]
+        damage = [min(knapsack.kl_at({s: v[i] for s, v in c.items()}, share) for c in curves) for i in layers]
+        groups = layer_groups([math.log(max(kl, knapsack.NO_KL)) for kl in damage])
+        return [[layers[i] for i in group] for group in groups]
+
+    def _layer(self, layer: int, units: int, evictor: Evictor) -> LayerPolicy:
+        slots = self.budget.slots(units, layer, evictor)
+        if slots.is_full:
+            return LayerPolicy()
+        keep = self.budget.protection
+        return LayerPolicy(
+            slots=slots,
+            sink_tokens=keep.sink_tokens,
+            recent_tokens=keep.recent_tokens,
+            min_slots=keep.min_slots,
+            evictor=evictor,
+        )
+
+    def _evictor_name(self, params: Params, layer: int, owners: list[int]) -> str:
+        name = params.evictors[self._group_of[layer]]
+        return self._knapsack(owners)[layer].evictor if name == PROFILE else name
+
+    def _knapsack(self, owners: list[int]) -> dict[int, knapsack.Choice]:
+        # The ranking fixes which layers share, so their number identifies the owners.
+        if len(owners) not in self._solved:
+            self._solved[len(owners)] = knapsack.solve(self._curves, self.evictors, self.budget, owners)
+        return self._solved[len(owners)]
+
+
+def budget_for(profile: Profile, spec: ModelSpec, target: Target, protection: Protection) -> Budget:
+    """The target's budget, counted at its context or else at the mean length of the profile's prompts."""
+    statistics = profile.statistics
+    mean_tokens = -(-statistics.num_tokens // max(statistics.num_prompts, 1))
+    context = target.context_tokens or mean_tokens
+    return Budget(spec=spec, target=target, context_tokens=context, protection=protection)
+
+
+def _pair_distances(profile: Profile) -> list[tuple[int, int, float]]:
+    try:
+        return profile.pair_distances
+    except ProfileError:  # no prompt was long enough to measure them: no layer shares
+        return []

@@ -1,0 +1,178 @@
+"""Confirmation: the winner is chosen on prompts that the trials did not see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvplan.errors import StudyError
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.memory import BytesPlan, plan
+from kvplan.policy.schema import Policy
+from kvplan.search.compile import Params
+from kvplan.stats import Interval, PromptScores, bootstrap
+
+Score = Callable[[Policy, list[int]], PromptScores]
+FINALISTS = 6
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial. `scores` are on the search prompts, or None when it was not scored on them."""
+
+    number: int
+    label: str
+    params: Params
+    policy: Policy
+    scores: PromptScores | None
+
+    @property
+    def kl(self) -> float:
+        return math.nan if self.scores is None else self.scores.mean_kl
+
+    @property
+    def is_valid(self) -> bool:
+        """False for a trial whose score is nan or infinite: it counts as a trial, and cannot win."""
+        return math.isfinite(self.kl)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trial's policy on the confirmation prompts."""
+
+    trial: TrialRow
+    scores: PromptScores
+    interval: Interval
+
+    @property
+    def kl(self) -> float:
+        return self.scores.mean_kl
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        policy: The winner, stating its target, planned bytes and score.
+        winner: The winner's trial and confirmation scores.
+        finalists: All that were confirmed, best first; the winner is the first.
+        trials: All trials, in order, those of resumed runs included.
+        recipe: The best recipe from the literature, confirmed too; None when none was scored.
+        gain: KL of the recipe minus the winner's, paired by prompt: above 0 the search was worth it.
+        bytes: What the policy holds at one prompt of `context_tokens`.
+        context_tokens: Prompt length of `bytes`.
+        resumed: How many of the trials an earlier run made.
+    """
+
+    policy: Policy
+    winner: Finalist
+    finalists: tuple[Finalist, ...]
+    trials: tuple[TrialRow, ...]
+    recipe: Finalist | None
+    gain: Interval | None
+    bytes: BytesPlan
+    context_tokens: int
+    resumed: int = 0
+
+    @property
+    def num_failed(self) -> int:
+        return sum(row.scores is not None and not row.is_valid for row in self.trials)
+
+
+def confirm(
+    rows: Sequence[TrialRow],
+    recipes: Sequence[str],
+    score: Score,
+    prompts: Sequence[int],
+    context_tokens: int,
+    seed: int,
+    spec: ModelSpec,
+) -> SearchResult:
+    """Score the best distinct policies and the best recipe on `prompts`; the smallest mean KL there wins.
+
+    Raises:
+        StudyError: no candidate gave a score.
+    """
+    chosen = finalists(rows, recipes)
+    entries = []
+    for row in chosen:
+        scores = score(row.policy, list(prompts))
+        if math.isfinite(scores.mean_kl):
+            entries.append(Finalist(row, scores, bootstrap(scores.kl, seed=seed)))
+    if not entries:
+        raise StudyError("no candidate gave a score on the confirmation prompts: all were nan")
+    entries.sort(key=lambda f: f.kl)
+    winner = entries[0]
+    recipe = min((f for f in entries if f.trial.label in recipes), key=lambda f: f.kl, default=None)
+    gain = None
+    if recipe is not None:
+        pairs = zip(recipe.scores.kl, winner.scores.kl, strict=True)
+        gain = bootstrap([a - b for a, b in pairs], seed=seed)
+    return SearchResult(
+        policy=state(winner.trial.policy, winner, context_tokens, seed, spec),
+        winner=winner,
+        finalists=tuple(entries),
+        trials=tuple(row for row in rows if row.scores is not None),
+        recipe=recipe,
+        gain=gain,
+        bytes=plan(winner.trial.policy, spec, [context_tokens]),
+        context_tokens=context_tokens,
+    )
+
+
+def hold_out(tasks: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Two thirds of the prompts for the trials and a third for the confirmation, every task in the same proportion.
+
+    Args:
+        tasks: The task of each prompt.
+    """
+    by_task = sorted(range(len(tasks)), key=lambda i: (tasks[i], i))
+    held = set(by_task[2::3])
+    return [i for i in range(len(tasks)) if i not in held], sorted(held)
+
+
+def finalists(rows: Sequence[TrialRow], recipes: Sequence[str]) -> list[TrialRow]:
+    """The best distinct policies, and the best recipe whatever its rank."""
+    if len(rows) == 1:
+        return list(rows)
+    ranked = sorted((row for row in rows if row.is_valid), key=lambda row: (row.kl, row.number))
+    distinct = list({row.policy.layers: row for row in reversed(ranked)}.values())[::-1]
+    best_recipe = [row for row in ranked if row.label in recipes][:1]
+    first = distinct[:FINALISTS]
+    held = {row.policy.layers: k for k, row in enumerate(first)}
+    for row in best_recipe:
+        if row.policy.layers in held:
+            first[held[row.policy.layers]] = row  # the same policy: let it go by the recipe's name
+        else:
+            first.append(row)
+    return first
+
+
+def state(policy: Policy, scored: TrialRow | Finalist, context_tokens: int, seed: int, spec: ModelSpec) -> Policy:
+    """The policy with its planned bytes and its score in the provenance."""
+    row, stage = (scored, "search") if isinstance(scored, TrialRow) else (scored.trial, "confirmation")
+    scores = scored.scores
+    assert scores is not None
+    interval = bootstrap(scores.kl, seed=seed)
+    held = plan(policy, spec, [context_tokens])
+    search: dict[str, Any] = {
+        "trial": row.number,
+        "label": row.label,
+        "prompts": stage,
+        "num_prompts": len(scores),
+        "kl": _rounded(interval.mean),
+        "kl_95": [_rounded(interval.low), _rounded(interval.high)],
+        "top1": _rounded(scores.mean_top1),
+    }
+    if scores.mean_task is not None:
+        search["task"] = _rounded(scores.mean_task)
+    planned = {"prompt_tokens": context_tokens, "bytes": held.total, "full_bytes": held.full}
+    return replace(policy, provenance={**policy.provenance, "planned": planned, "search": search})
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what a score is worth, and what a reader can read."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,203 @@
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import typer
+
+from kvplan import __version__
+from kvplan.cli import console
+from kvplan.cli.exits import hoist, run_app
+from kvplan.errors import MemoryPlanExceeded, PolicyError, TargetError
+
+
+def fake(body: Callable[[], object]) -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.callback()
+    def options(debug: bool = False, quiet: bool = typer.Option(False, "-q", "--quiet")) -> None:
+        console.set_quiet(quiet)
+
+    @app.command()
+    def go(count: int = 0) -> None:
+        body()
+
+    return app
+
+
+def raising(error: BaseException) -> typer.Typer:
+    def body() -> None:
+        raise error
+
+    return fake(body)
+
+
+@pytest.fixture(autouse=True)
+def _loud() -> Iterator[None]:
+    yield
+    console.set_quiet(False)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (TargetError("too small"), 2, "error: too small\n"),
+        (PolicyError(["one", "two [b]"]), 2, "error: one\nerror: two [b]\n"),
+        (MemoryPlanExceeded("5 bytes more"), 1, "error: 5 bytes more\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out.db"), 2, "error: no space left on the disk for out.db"),
+        (RuntimeError("database or disk is full"), 2, "error: no space left on the disk;"),
+        (RuntimeError("a\nb"), 70, "error: internal error: RuntimeError: a; rerun with --debug for the traceback\n"),
+        (KeyError(), 70, "error: internal error: KeyError; rerun with --debug"),
+        (typer.Exit(1), 1, ""),
+    ],
+)
+def test_failures_have_a_line_and_an_exit_code(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(raising(error), ["go"]) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith(text) and bool(captured.err) == bool(text)
+    assert captured.out == ""
+
+
+def test_a_long_error_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    run_app(raising(TargetError("word " * 200)), ["go"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_success_is_zero() -> None:
+    assert run_app(fake(lambda: None), ["go"]) == 0
+
+
+@pytest.mark.parametrize("argv", [["go", "--nope"], ["nope"], ["go", "--count", "many"]])
+def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(fake(lambda: None), argv) == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--debug", "go"], ["go", "--debug"]])
+def test_debug_shows_the_traceback_on_either_side(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(raising(RuntimeError("boom")), argv) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_can_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVPLAN_DEBUG", "1")
+    run_app(raising(TargetError("boom")), ["go"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_hoisting_stops_at_a_double_dash() -> None:
+    assert hoist(["run", "-q", "--", "--debug"]) == ["-q", "run", "--", "--debug"]
+
+
+def test_quiet_keeps_errors_and_drops_talk(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> None:
+        console.note("talk")
+        console.out.print("data")
+        with console.progress("work", 2) as advance:
+            advance(2)
+        console.warn("careful")
+
+    assert run_app(fake(body), ["go", "-q"]) == 0
+    assert capsys.readouterr() == ("data\n", "warning: careful\n")
+
+
+def test_progress_off_a_terminal_is_a_line_per_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("search", 40) as advance:
+        for _ in range(40):
+            advance(note="best 0.1")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 10
+    assert re.fullmatch(r"search: 4/40 \(10%, \d+s, best 0\.1\)", lines[0])
+    assert lines[-1].startswith("search: 40/40 (100%")
+
+
+SCRIPT = """
+import sys, time, typer
+from kvplan.cli import console
+from kvplan.cli.exits import run_app
+app = typer.Typer()
+@app.command()
+def go() -> None:
+    {body}
+sys.exit(run_app(app, []))
+"""
+
+
+def start(body: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT.format(body=body)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_program_with_one_word(number: int, code: int) -> None:
+    process = start("print('ready', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (code, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("write", ["console.out.print('x' * 1000)", "sys.stdout.write('x' * 1000 + '\\\\n')"])
+def test_a_reader_that_goes_away_is_no_error(write: str) -> None:
+    process = start(f"[{write} for _ in range(100000)]".replace("\\\\n", "\\n"))
+    assert process.stdout is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(timeout=20) in (1, 141)
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys\n"
+        "from kvplan.cli.app import app\n"
+        "from kvplan.cli.exits import run_app\n"
+        "code = run_app(app, ['--help'])\n"
+        "heavy = {'torch', 'transformers', 'optuna', 'datasets', 'scipy', 'numpy', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {sorted(heavy)}' if heavy or code else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("calibrate", "search", "run", "policy", "profile"):
+        assert command in done.stdout
+
+
+def test_help_is_quick() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "kvplan", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 2  # about 0.3 s alone; the limit is for a busy machine
+
+
+def test_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "kvplan", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"kvplan {__version__}\n"
+
+
+def test_importing_kvplan_is_light() -> None:
+    code = "import sys, kvplan; sys.exit(bool({'torch', 'transformers', 'typer', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    import kvplan
+
+    with pytest.raises(AttributeError, match="nothing"):
+        kvplan.nothing  # noqa: B018

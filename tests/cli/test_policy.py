@@ -1,0 +1,112 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from kvplan.cli.policy import app
+from kvplan.errors import PolicyError
+from kvplan.methods.evictors.h2o import H2O
+from kvplan.methods.evictors.snapkv import SnapKV
+from kvplan.policy.schema import LayerPolicy, Policy, Slots, Target
+from kvplan.policy.serialize import json_schema, save_policy
+
+MODEL = {"type": "llama", "layers": 4, "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"}
+LAYERS = (
+    LayerPolicy(),
+    LayerPolicy(slots=Slots(share=500), evictor=SnapKV(window_tokens=17, pool_width=7, pooling="max")),
+    LayerPolicy(shares=1),
+    LayerPolicy(slots=Slots(256), evictor=H2O()),
+)
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    save_policy(Policy(layers=LAYERS, model=MODEL, target=Target(share=4000)), path)
+    return path
+
+
+@pytest.fixture
+def other_file(tmp_path):
+    path = tmp_path / "b.yaml"
+    layers = (LAYERS[0], LayerPolicy(slots=Slots(512)), LayerPolicy(slots=Slots(512)), LAYERS[3])
+    save_policy(Policy(layers=layers, model=MODEL), path)
+    return path
+
+
+def run(*args) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception:
+        raise result.exception
+    assert "--json" in args or all(len(line) <= 80 for line in result.stdout.splitlines())
+    return result.stdout
+
+
+def test_show_draws_every_layer_without_colour(policy_file):
+    lines = run("show", policy_file).splitlines()
+    assert lines[:2] == ["model   llama, bfloat16, 4 layers", "target  40% of the full cache"]
+    rows = lines[4:8]
+    assert rows[0] == "    0     full  [" + "#" * 28 + "]"
+    assert rows[1].startswith("    1       5%  [##....") and rows[1].endswith(".. (min 64)") and "snapkv(" in rows[1]
+    assert rows[2] == "    2        -  -> layer 1"
+    assert rows[3] == "    3      256  [" + "#" * 7 + "." * 21 + "]  h2o"
+    assert lines[-1] == "32.8% of the slots of a full cache after a prompt of 1024 tokens"
+
+
+def test_validate_prints_ok_and_reports_every_bad_file(policy_file, tmp_path):
+    assert run("validate", policy_file) == f"{policy_file}: ok\n"
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("kvplan: 1\nlayers: {0: {slots: 0}}\n")
+    result = CliRunner().invoke(app, ["validate", str(bad), str(tmp_path / "none.yaml"), str(policy_file)])
+    assert result.stdout == f"{policy_file}: ok\n"
+    assert isinstance(result.exception, PolicyError)
+    assert result.exception.exit_code == 2
+    assert [problem.split(": ")[0] for problem in result.exception.problems] == [
+        f"{bad}:2:21",
+        str(tmp_path / "none.yaml"),
+    ]
+
+
+def test_diff_names_what_changed(policy_file, other_file):
+    text = run("diff", policy_file, other_file)
+    assert "64 -> 512" in text and "slots: 5% -> 512" in text
+    assert "shares: layer 1 -> 512 by streaming" in text
+    assert "evictor: snapkv(window_tokens=17, pool_width=7, pooling=max) -> streaming" in " ".join(text.split())
+    assert "for 1 row of 1024 prompt + 0 new tokens" in text
+    data = json.loads(run("diff", policy_file, other_file, "--json"))
+    assert [change["layers"] for change in data["changes"]] == [[1], [2]]
+    assert data["total"][0] < data["total"][1]
+
+
+def test_a_policy_does_not_differ_from_itself(policy_file):
+    assert run("diff", policy_file, policy_file).startswith("no layer differs")
+
+
+def test_policies_of_different_depth_are_not_compared(policy_file, tmp_path):
+    path = tmp_path / "c.yaml"
+    save_policy(Policy(layers=LAYERS[:2], model={**MODEL, "layers": 2}), path)
+    with pytest.raises(PolicyError, match="for 4 and 2 layers"):
+        run("diff", policy_file, path)
+
+
+def test_bytes_as_table_and_json_agree(policy_file):
+    data = json.loads(run("bytes", policy_file, "--context", 1000, "--new-tokens", 1, "--batch", 2, "--json"))
+    assert [row["slots"] for row in data["layers"]] == [2 * 1064, 2 * 64, 0, 2 * 256]
+    assert data["total"] == sum(row["total"] for row in data["layers"])
+    assert data["layers"][3]["scores"] == 2 * 256 * 2 * 4
+    assert data["full"] == 4 * 256 * 2 * 1001
+    assert data["min_slots_binds"] == [1]
+    text = run("bytes", policy_file, "--context", 1000, "--new-tokens", 1, "--batch", 2)
+    assert f"({data['ratio']:.2%}) for 2 rows of 1000 prompt + 1 new tokens" in text
+    assert "min_slots raises the percentage in layers 1" in text
+
+
+def test_schema_prints_the_schema():
+    assert json.loads(CliRunner().invoke(app, ["schema"]).stdout) == json_schema()
+
+
+def test_the_command_module_imports_nothing_heavy():
+    code = "import sys, kvplan.cli.policy; sys.exit(bool({'torch', 'yaml', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

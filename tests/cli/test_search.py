@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
+from search_fakes import FakeProfile, FakeScore
+
+from kvplan.cli.exits import run_app
+from kvplan.cli.search import parse_target
+from kvplan.errors import TargetError
+from kvplan.policy.schema import Target
+from kvplan.policy.serialize import load_policy
+from kvplan.units import parse_bytes
+
+EXAMPLES = [
+    SimpleNamespace(id=str(i), task="ab"[i % 2], prompt_ids=(i, 1), continuation_ids=(1,) * (i < 9)) for i in range(10)
+]
+
+
+@pytest.mark.parametrize(
+    ("mem", "context", "batch", "target"),
+    [
+        ("40%", None, None, Target(share=4000)),
+        ("0.4", None, None, Target(share=4000)),
+        ("512MiB", 4096, None, Target(bytes=parse_bytes("512MiB"), context_tokens=4096)),
+        ("1.5gib", 4096, 8, Target(bytes=parse_bytes("1.5GiB"), context_tokens=4096, batch=8)),
+    ],
+)
+def test_targets(mem: str, context: int | None, batch: int | None, target: Target) -> None:
+    assert parse_target(mem, context, batch) == target
+
+
+@pytest.mark.parametrize(
+    ("mem", "context", "told"),
+    [
+        ("much", None, "'much' is not a share; write for example 40% or 0.4"),
+        ("0%", None, "'0%' is not a share above 0% and at most 100%"),
+        ("3XB", None, "'3XB' is not a size; write for example 512MiB or 1.5GiB"),
+        ("512MiB", None, "--mem 512MiB is a size; say with --context for how many tokens per row (and --batch)"),
+        ("40%", 4096, "--mem 40% holds for any context and batch; leave out --context and --batch"),
+    ],
+)
+def test_bad_targets_are_refused(mem: str, context: int | None, told: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        parse_target(mem, context, None)
+    assert str(caught.value) == told
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
+    """Everything around the search is fake: no model, no profile file."""
+    import kvplan.calibrate.profile
+    import kvplan.calibrate.prompts
+    import kvplan.loading
+
+    score = FakeScore()
+    profile = FakeProfile()
+    scoring: Any = ModuleType("kvplan.check.scoring")
+    scoring.Scorer = lambda model, spec, examples: SimpleNamespace(score=score)
+    monkeypatch.setitem(sys.modules, "kvplan.check.scoring", scoring)
+    monkeypatch.setattr(kvplan.calibrate.profile.Profile, "load", classmethod(lambda cls, path: profile))
+    monkeypatch.setattr(kvplan.calibrate.prompts, "load_examples", lambda *args, **options: EXAMPLES)
+    monkeypatch.setattr(kvplan.calibrate.prompts, "data_fingerprint", lambda examples: "sha256:search")
+    monkeypatch.setattr(kvplan.loading, "load_model", lambda model, **options: (None, None, profile.spec))
+    monkeypatch.chdir(tmp_path)
+    return score
+
+
+def kvplan_search(*argv: str) -> int:
+    import typer
+
+    from kvplan.cli.search import command
+
+    app = typer.Typer()
+    app.command("search")(command)
+    app.command("other")(lambda: None)
+    return run_app(app, ["search", *argv])
+
+
+def test_search_writes_a_policy_and_its_journal(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "4") == 0
+    policy = load_policy(tmp_path / "policy.yaml")
+    assert policy.target == Target(share=4000)
+    assert policy.provenance["data"] == "sha256:search"
+    assert (tmp_path / "policy.40pct.journal").exists()
+    assert [len(prompts) for _, prompts in faked.calls[:4]] == [6] * 4
+    assert len(faked.calls[-1][1]) == 3
+
+
+def test_json_is_data_on_stdout(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_search("--mem", "96KiB", "--context", "600", "--trials", "3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"]["planned"] <= 98304
+    assert len(found["trials"]) == 3 and found["winner"]["kl_95"][0] <= found["winner"]["kl"]
+
+
+def test_an_interrupted_search_leaves_its_best_and_resumes(faked: FakeScore, tmp_path: Path) -> None:
+    faked.fail_at = 4
+    assert kvplan_search("--mem", "40%", "--trials", "5") == 130
+    assert load_policy(tmp_path / "policy.yaml").provenance["search"]["prompts"] == "search"
+    assert kvplan_search("--mem", "40%", "--trials", "5") == 0
+    assert load_policy(tmp_path / "policy.yaml").provenance["search"]["prompts"] == "confirmation"
+    assert len([prompts for _, prompts in faked.calls if len(prompts) == 6]) == 6
+
+
+@pytest.mark.parametrize("argv", [("--mem", "3%"), ("--mem", "40%", "--evictor", "nope"), ("--mem", "40%", "-o", ".")])
+def test_what_cannot_be_fails_before_any_score(faked: FakeScore, argv: tuple[str, ...]) -> None:
+    assert kvplan_search(*argv) == 2
+    assert not faked.calls

@@ -1,0 +1,87 @@
+"""A profile without a model, and a score that is known in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from kvplan.model_spec import LayerSpec, ModelSpec
+from kvplan.policy.schema import Policy
+from kvplan.stats import PromptScores
+
+WEIGHTS = (8.0, 1.0, 0.5, 6.0, 0.02, 0.03, 0.02, 1.5)
+STRENGTH = {"streaming": 1.0, "snapkv": 0.4, "h2o": 0.5}
+SHARES = (1000, 2000, 4000, 7000)
+
+
+def spec_of(num_layers: int = 8, windows: Sequence[int] = ()) -> ModelSpec:
+    layers = tuple(LayerSpec(2, 16, 16, 32 if i in windows else None) for i in range(num_layers))
+    return ModelSpec(layers, query_heads=4, dtype="bfloat16", model_type="fake", fingerprint="sha256:fake")
+
+
+def layer_kl(layer: int, evictor: str, share: float) -> float:
+    """Damage of one layer that keeps `share` of the prompt, 0 to 1. Odd layers prefer streaming."""
+    strength = STRENGTH[evictor] if layer % 2 == 0 or evictor != "snapkv" else 1.3
+    return WEIGHTS[layer] * strength * (1 - share) ** 3
+
+
+@dataclass
+class FakeProfile:
+    """What the search reads of a profile."""
+
+    spec: ModelSpec = field(default_factory=spec_of)
+    importance: list[float] = field(default_factory=lambda: [w / 10 for w in WEIGHTS])
+    evictors: tuple[str, ...] = ("h2o", "snapkv", "streaming")
+    mean_tokens: int = 1000
+    pair_distances: list[tuple[int, int, float]] = field(
+        default_factory=lambda: [(i, j, i * 0.3 + (i * j) % 5) for i in range(8) for j in range(i)]
+    )
+
+    data_fingerprint: str = "sha256:data"
+
+    @property
+    def statistics(self) -> Any:
+        return SimpleNamespace(num_tokens=10 * self.mean_tokens, num_prompts=10)
+
+    @property
+    def sensitivity(self) -> dict[str, dict[int, list[float]]]:
+        layers = range(self.spec.num_layers)
+        return {e: {s: [layer_kl(i, e, s / 10_000) for i in layers] for s in SHARES} for e in self.evictors}
+
+
+class FakeScore:
+    """Sum of the layers' damage times a factor per prompt; sharing costs a constant. Counts its calls.
+
+    Args:
+        fail_at: The call, counted from 1, at which to raise `KeyboardInterrupt`.
+        nan_at: Calls that score nan.
+    """
+
+    def __init__(self, fail_at: int | None = None, nan_at: Sequence[int] = ()) -> None:
+        self.calls: list[tuple[Policy, list[int]]] = []
+        self.fail_at, self.nan_at = fail_at, nan_at
+
+    def __call__(self, policy: Policy, prompts: Sequence[int]) -> PromptScores:
+        self.calls.append((policy, list(prompts)))
+        if len(self.calls) == self.fail_at:
+            raise KeyboardInterrupt
+        kl = total_kl(policy) if len(self.calls) not in self.nan_at else float("nan")
+        n = len(prompts)
+        return PromptScores(
+            kl=tuple(kl * (1 + (p % 3) / 10) for p in prompts),
+            top1=(0.9,) * n,
+            task=(1.0, float("nan"))[:n] * n,
+            nll=(1.0,) * n,
+        )
+
+
+def total_kl(policy: Policy) -> float:
+    total = 0.0
+    for i, layer in enumerate(policy.layers):
+        if layer.shares is not None:
+            total += 0.4
+        elif layer.slots.share is not None:
+            total += layer_kl(i, layer.evictor.name, layer.slots.share / 10_000)
+    return total

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_fakes import FakeProfile, spec_of
+
+from kvplan.errors import ProfileError, TargetError
+from kvplan.methods.evictors import evictors
+from kvplan.policy.memory import plan
+from kvplan.policy.rules import check_model, check_policy
+from kvplan.policy.schema import Policy, Target
+from kvplan.search.budget import Budget, Protection
+from kvplan.search.compile import Compiler, Params
+from kvplan.search.space import SearchSpace
+
+PLAIN = FakeProfile()
+WINDOWED = FakeProfile(spec=spec_of(windows=(1, 4)))
+
+
+def budget_of(profile: FakeProfile, target: Target, context: int = 1000) -> Budget:
+    return Budget(spec=profile.spec, target=target, context_tokens=target.context_tokens or context)
+
+
+COMPILERS = {
+    "40%": Compiler(PLAIN, budget_of(PLAIN, Target(share=4000))),  # type: ignore[arg-type]
+    "9%": Compiler(PLAIN, budget_of(PLAIN, Target(share=900))),  # type: ignore[arg-type]
+    "99%": Compiler(PLAIN, budget_of(PLAIN, Target(share=9900))),  # type: ignore[arg-type]
+    "windows": Compiler(WINDOWED, budget_of(WINDOWED, Target(share=4000))),  # type: ignore[arg-type]
+    "bytes": Compiler(PLAIN, budget_of(PLAIN, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
+}
+
+
+@st.composite
+def sampled(draw: st.DrawFn, compiler: Compiler) -> Params:
+    space = SearchSpace(compiler)
+    G = len(compiler.groups)
+    return Params(
+        split=draw(st.sampled_from(space.splits)),
+        scales=tuple(draw(st.lists(st.floats(0.25, 4), min_size=G, max_size=G))),
+        evictors=tuple(draw(st.lists(st.sampled_from(space.evictors), min_size=G, max_size=G))),
+        shared_layers=draw(st.integers(0, compiler.max_shared)),
+    )
+
+
+def held(policy: Policy, compiler: Compiler, tokens: int) -> float:
+    target = compiler.budget.target
+    planned = plan(policy, compiler.budget.spec, [tokens] * target.batch)
+    return planned.total / (target.bytes or planned.full * (target.share or 0) / 10_000)
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_point_compiles_to_a_valid_policy_under_the_target(name: str, data: st.DataObject) -> None:
+    compiler = COMPILERS[name]
+    policy = compiler.compile(data.draw(sampled(compiler)))
+    check_policy(policy)
+    check_model(policy, compiler.budget.spec)
+    share = held(policy, compiler, compiler.budget.context_tokens)
+    everything = all(layer.slots.is_full for layer in policy.layers if layer.shares is None)
+    assert share <= 1 and (share >= 0.97 or everything)
+
+
+@pytest.mark.parametrize("tokens", [1000, 1001, 1777, 31_999])
+def test_a_percentage_holds_at_every_longer_prompt(tokens: int) -> None:
+    compiler = COMPILERS["40%"]
+    for start in SearchSpace(compiler).warm_starts():
+        assert held(compiler.compile(start.params), compiler, tokens) <= 1
+
+
+def test_full_layers_pay_for_no_side_arrays() -> None:
+    compiler = COMPILERS["99%"]
+    G = len(compiler.groups)
+    policy = compiler.compile(Params(split="pyramid", scales=(1.0,) * G, evictors=("h2o",) * G))
+    assert any(layer.slots.is_full for layer in policy.layers)
+    assert plan(policy, PLAIN.spec, [1000]).ratio <= 0.99
+
+
+def test_sharing_leaves_its_bytes_to_the_others() -> None:
+    compiler = COMPILERS["40%"]
+    G = len(compiler.groups)
+    plain, shared = (
+        compiler.compile(Params(split="uniform", scales=(1.0,) * G, evictors=("streaming",) * G, shared_layers=n))
+        for n in (0, 2)
+    )
+    assert {layer.slots.share for layer in plain.layers} == {4000}
+    assert sum(layer.shares is not None for layer in shared.layers) == 2
+    assert {layer.slots.share for layer in shared.layers if layer.shares is None} == {5333, 5334}
+
+
+def test_native_windows_stay_full() -> None:
+    policy = COMPILERS["windows"].compile(SearchSpace(COMPILERS["windows"]).warm_starts()[0].params)
+    assert policy.layers[1].slots.is_full and policy.layers[4].slots.is_full
+
+
+def test_groups_are_found_and_hold_every_layer_once() -> None:
+    groups = COMPILERS["40%"].groups
+    assert len(groups) >= 2
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    assert 0 in groups[-1] and 4 in groups[0]
+
+
+def test_warm_starts_are_distinct_points_within_the_ranges() -> None:
+    compiler = COMPILERS["40%"]
+    space = SearchSpace(compiler)
+    starts = space.warm_starts()
+    assert len({start.label for start in starts}) == len({start.params for start in starts}) == len(starts)
+    assert {"uniform h2o", "uniform snapkv", "uniform streaming", "squeeze h2o", "pyramid h2o", "knapsack"} <= {
+        start.label for start in starts
+    }
+    for start in starts:
+        assert all(0.25 <= x <= 4 for x in start.params.scales)
+        assert space.params(space.flat(start.params)) == start.params
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        (
+            Target(share=500),
+            "target 5% is below the smallest policy: 7.2% or 72.00 KiB (64 slots in each of 8 layers with h2o, at 1000 "
+            "prompt tokens); raise --mem or lower min_slots",
+        ),
+        (
+            Target(bytes=50_000, context_tokens=1000, batch=2),
+            "target 48.83 KiB is below the smallest policy: 7.2% or 144.00 KiB (64 slots in each of 8 layers with h2o, "
+            "at 1000 prompt tokens and batch 2); raise --mem or lower min_slots",
+        ),
+    ],
+)
+def test_an_infeasible_target_names_the_smallest_one(target: Target, told: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        Compiler(PLAIN, budget_of(PLAIN, target))  # type: ignore[arg-type]
+    assert str(caught.value) == told
+
+
+def test_the_named_smallest_target_is_feasible_and_the_one_below_is_not() -> None:
+    chosen = [evictors["h2o"]()]
+    budget_of(PLAIN, Target(share=720)).check(chosen)
+    with pytest.raises(TargetError):
+        budget_of(PLAIN, Target(share=719)).check(chosen)
+
+
+def test_unmeasured_evictors_are_refused() -> None:
+    with pytest.raises(
+        ProfileError, match="the profile holds no sensitivity for tova; calibrate with it, or choose among: h2o"
+    ):
+        Compiler(PLAIN, budget_of(PLAIN, Target(share=4000)), ["h2o", "tova"])  # type: ignore[arg-type]
+    with pytest.raises(ProfileError, match="run kvplan calibrate without --no-sensitivity"):
+        Compiler(FakeProfile(evictors=()), budget_of(PLAIN, Target(share=4000)))  # type: ignore[arg-type]
+
+
+def test_protection_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(
+        TargetError, match="min_slots is 10; 4 sink \\+ 16 recent tokens do not fit; raise it to at least 20"
+    ):
+        Protection(min_slots=10)

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from search_fakes import FakeProfile, FakeScore, total_kl
+
+from kvplan.errors import StudyError, TargetError
+from kvplan.policy.schema import Policy, Target
+from kvplan.policy.serialize import load_policy, save_policy
+from kvplan.search.confirm import SearchResult, hold_out
+from kvplan.search.study import search
+
+SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
+
+
+def run(score: FakeScore, trials: int = 13, **options: Any) -> SearchResult:
+    profile = options.pop("profile", FakeProfile())
+    target = options.pop("target", Target(share=4000))
+    return search(
+        profile, profile.spec, target, score, search_prompts=SEARCH, confirm_prompts=CONFIRM, trials=trials, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[SearchResult, FakeScore]:
+    score = FakeScore()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return run(score), score
+
+
+def test_every_warm_start_is_tried(plain: tuple[SearchResult, FakeScore]) -> None:
+    labels = [row.label for row in plain[0].trials]
+    assert {"knapsack", "uniform streaming", "squeeze h2o", "pyramid h2o", "tilt 3 profile"} <= set(labels)
+    assert len(labels) == 13 and labels.count("search") == 3
+
+
+def test_the_winner_is_no_worse_than_any_trial_or_recipe(plain: tuple[SearchResult, FakeScore]) -> None:
+    result = plain[0]
+    assert total_kl(result.policy) == min(total_kl(f.trial.policy) for f in result.finalists)
+    assert result.recipe is not None and result.gain is not None
+    assert result.gain.mean > 0
+    uniform = [total_kl(row.policy) for row in result.trials if row.label.startswith("uniform")]
+    assert total_kl(result.policy) < 0.5 * min(uniform)
+
+
+def test_trials_and_confirmation_use_their_own_prompts(plain: tuple[SearchResult, FakeScore]) -> None:
+    result, score = plain
+    prompts = [asked for _, asked in score.calls]
+    first = prompts.index(CONFIRM)
+    assert all(asked == SEARCH for asked in prompts[:first])
+    assert prompts[first:] == [CONFIRM] * len(result.finalists)
+    assert 2 <= len(result.finalists) <= 7
+
+
+def test_no_policy_is_scored_twice(plain: tuple[SearchResult, FakeScore]) -> None:
+    searched = [policy.layers for policy, asked in plain[1].calls if asked == SEARCH]
+    assert len(set(searched)) == len(searched)
+
+
+def test_the_policy_states_target_bytes_and_score(plain: tuple[SearchResult, FakeScore], tmp_path: Path) -> None:
+    result = plain[0]
+    stated = result.policy.provenance
+    assert result.policy.target == Target(share=4000)
+    assert stated["planned"]["bytes"] == result.bytes.total <= 0.4 * stated["planned"]["full_bytes"]
+    assert stated["search"]["prompts"] == "confirmation" and stated["search"]["num_prompts"] == 4
+    low, high = stated["search"]["kl_95"]
+    assert low <= stated["search"]["kl"] <= high
+    save_policy(result.policy, tmp_path / "policy.yaml")
+    assert load_policy(tmp_path / "policy.yaml").layers == result.policy.layers
+
+
+def test_the_same_seed_gives_the_same_search(plain: tuple[SearchResult, FakeScore]) -> None:
+    again, other = run(FakeScore()), run(FakeScore(), seed=1)
+    assert [row.params for row in again.trials] == [row.params for row in plain[0].trials]
+    assert again.policy == plain[0].policy
+    assert [row.params for row in other.trials] != [row.params for row in plain[0].trials]
+
+
+def test_a_killed_search_resumes_and_counts_as_an_unbroken_one(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    for fail_at in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(FakeScore(fail_at=fail_at), storage=journal)
+    score = FakeScore()
+    result = run(score, storage=journal)
+    assert len(result.trials) == 13
+    assert result.resumed >= 7
+    assert len([1 for _, asked in score.calls if asked == SEARCH]) <= 13 - result.resumed
+    labels = [row.label for row in result.trials if row.label != "search"]
+    assert len(set(labels)) == len(labels) == 10
+    rerun = FakeScore()
+    assert run(rerun, storage=journal).policy.layers == result.policy.layers
+    assert all(asked == CONFIRM for _, asked in rerun.calls)
+
+
+def test_a_journal_with_half_a_line_is_read(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    run(FakeScore(), trials=4, storage=journal)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"wor')
+    assert run(FakeScore(), trials=6, storage=journal).resumed == 4
+
+
+def test_a_resumed_search_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    journal = tmp_path / "study.journal"
+    run(FakeScore(), trials=2, storage=journal, identity={"data": "a"})
+    with pytest.raises(
+        StudyError, match="holds a search with another target; give another --storage, or delete the file"
+    ):
+        run(FakeScore(), trials=2, storage=journal, identity={"data": "a"}, target=Target(share=5000))
+    with pytest.raises(StudyError, match="another data; "):
+        run(FakeScore(), trials=2, storage=journal, identity={"data": "b"})
+
+
+def test_a_storage_that_is_no_search_is_refused(tmp_path: Path) -> None:
+    for text in ("hello\nworld\n", '{"a": 1}\n{"b": 2}\n', "[1]\n[2]\n"):
+        (tmp_path / "other").write_text(text)
+        with pytest.raises(StudyError, match="not a search that kvplan wrote; give another --storage"):
+            run(FakeScore(), storage=tmp_path / "other")
+        assert (tmp_path / "other").read_text() == text
+    with pytest.raises(StudyError, match="cannot write the search there"):
+        run(FakeScore(), storage=tmp_path / "missing" / "study")
+
+
+def test_two_searches_cannot_use_one_storage(tmp_path: Path) -> None:
+    def nested(policy: Policy) -> None:
+        if policy.provenance["search"]["prompts"] == "search":
+            with pytest.raises(StudyError, match="another search is using it"):
+                run(FakeScore(), trials=2, storage=tmp_path / "study")
+
+    run(FakeScore(), trials=2, storage=tmp_path / "study", on_best=nested)
+
+
+def test_the_best_so_far_is_always_on_disk(tmp_path: Path) -> None:
+    path, best = tmp_path / "policy.yaml", []
+
+    def on_best(policy: Policy) -> None:
+        save_policy(policy, path)
+        best.append(policy)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeScore(fail_at=9), on_best=on_best)
+    tried = [total_kl(policy) for policy in best]
+    assert tried == sorted(tried, reverse=True)
+    assert load_policy(path).layers == best[-1].layers
+    assert load_policy(path).provenance["search"]["prompts"] == "search"
+
+
+def test_nan_scores_fail_their_trial_and_are_counted() -> None:
+    result = run(FakeScore(nan_at=(1, 3)), trials=8)
+    assert result.num_failed == 2
+    assert len(result.trials) == 8
+    assert all(math.isfinite(f.kl) for f in result.finalists)
+
+
+def test_only_nan_scores_are_an_error() -> None:
+    with pytest.raises(StudyError, match="no trial gave a score: 3 were tried, and all were nan"):
+        run(FakeScore(nan_at=range(1, 99)), trials=3)
+
+
+def test_no_trials_is_the_knapsack_scored_on_the_confirmation_prompts() -> None:
+    score = FakeScore()
+    result = run(score, trials=0)
+    assert [asked for _, asked in score.calls] == [CONFIRM]
+    assert result.winner.trial.label == "knapsack" and result.trials == ()
+
+
+def test_the_held_out_third_has_every_task() -> None:
+    tasks = ["a", "b", "c"] * 8
+    search_prompts, confirm_prompts = hold_out(tasks)
+    assert sorted(search_prompts + confirm_prompts) == list(range(24))
+    assert len(confirm_prompts) == 8
+    assert {tasks[i] for i in confirm_prompts} == {"a", "b", "c"}
+    assert hold_out(["a", "a"]) == ([0, 1], [])
+
+
+def test_a_timeout_ends_the_search_with_a_policy() -> None:
+    assert len(run(FakeScore(), trials=50, timeout=0).trials) == 1
+
+
+def test_an_infeasible_target_fails_before_any_score(tmp_path: Path) -> None:
+    score = FakeScore()
+    with pytest.raises(TargetError, match="target 1% is below the smallest policy"):
+        run(score, target=Target(share=100), storage=tmp_path / "study")
+    assert not score.calls and not (tmp_path / "study").exists()
+
+
+def test_optuna_speaks_as_before_afterwards() -> None:
+    before = optuna.logging.get_verbosity()
+    run(FakeScore(), trials=1)
+    assert optuna.logging.get_verbosity() == before
+
+
+def test_a_long_search_uses_tpe() -> None:
+    from kvplan.search.study import _sampler
+
+    assert isinstance(_sampler(251, 0, 0), optuna.samplers.TPESampler)
+    assert isinstance(_sampler(250, 0, 0), optuna.samplers.GPSampler)

@@ -1,0 +1,57 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from kvplan.errors import KVPlanError
+from kvplan.files import check_writable, read_text, write_text
+
+
+def test_text_survives_writing_and_reading(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "señal\n")
+    assert read_text(tmp_path / "a.txt", "note") == "señal\n"
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        write_text(tmp_path / "a.txt", text)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "two"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a.txt", "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(KVPlanError, match=r"a\.txt: cannot write \(No space left on device\); nothing was changed"):
+        write_text(tmp_path / "a.txt", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_missing_folder_is_reported_before_and_at_the_write(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "a.txt"
+    with pytest.raises(KVPlanError, match="cannot write there"):
+        check_writable(path)
+    with pytest.raises(KVPlanError, match="cannot write"):
+        write_text(path, "text")
+
+
+def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KVPlanError, match=r"gone\.yaml: cannot read the policy \(No such file or directory\)"):
+        read_text(tmp_path / "gone.yaml", "policy")
+
+
+def test_binary_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(KVPlanError, match="not a policy"):
+        read_text(tmp_path / "a.yaml", "policy")
