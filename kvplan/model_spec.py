@@ -93,7 +93,9 @@ class ModelSpec:
             kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
             head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
         except (AttributeError, TypeError) as error:
-            raise ModelError(f"{config.model_type}: the config does not describe a decoder with attention ({error})") from error
+            raise ModelError(
+                f"{config.model_type}: the config does not describe a decoder with attention ({error})"
+            ) from error
         types = getattr(text, "layer_types", None)
         window = getattr(text, "sliding_window", None)
         if types is None:
@@ -103,7 +105,9 @@ class ModelSpec:
         unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
         if unknown:
             raise ModelError(f"{config.model_type}: layers of type {', '.join(unknown)} are not supported")
-        layers = tuple(LayerSpec(kv_heads, head_dim, head_dim, window if t == "sliding_attention" else None) for t in types)
+        layers = tuple(
+            LayerSpec(kv_heads, head_dim, head_dim, window if t == "sliding_attention" else None) for t in types
+        )
         return cls(
             layers=layers,
             query_heads=heads,
@@ -124,6 +128,6 @@ def model_fingerprint(model: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        # bfloat16 holds every digit of the shipped weights of most models; one dtype keeps the hash independent of --dtype.
+        # Most models are shipped in bfloat16; one dtype keeps the hash independent of --dtype.
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return "sha256:" + digest.hexdigest()[:32]

@@ -55,8 +55,9 @@ _STORY = (
     "{q} the {qj} and {p} the {j} sang in the {time}.",
 )
 _FUNCTION_WORDS = (
-    "In the to came home of slept with It was a in and fed from met The is asked about road then went back A wind came over"
-    " sang walked code hidden Here be passkey Question What Answer Where song votes for Which fruit has most Song Sing"
+    "In the to came home of slept with It was a in and fed from met The is asked about road then went back A wind"
+    " came over sang walked Code Hidden Here passkey code Question What Answer Where song votes for Which fruit has"
+    " most Song Sing"
     " Who What an are The that this on at by not no yes"
 ).split()
 
@@ -64,7 +65,21 @@ _FUNCTION_WORDS = (
 def vocabulary() -> list[str]:
     """Every token of the tokenizer, in id order: special tokens, punctuation, numbers, words (with a leading space)."""
     words: dict[str, None] = {}
-    groups = (NAMES, PLACES, VARIABLES, JOBS, ANIMALS, COLOURS, OBJECTS, FRUITS, SONG_WORDS, _TIMES, _WEATHER, _GOODS, _VERBS)
+    groups = (
+        NAMES,
+        PLACES,
+        VARIABLES,
+        JOBS,
+        ANIMALS,
+        COLOURS,
+        OBJECTS,
+        FRUITS,
+        SONG_WORDS,
+        _TIMES,
+        _WEATHER,
+        _GOODS,
+        _VERBS,
+    )
     for group in (*groups, _FUNCTION_WORDS):
         words.update(dict.fromkeys(group))
     pairs = [f"{n:02d}" for n in range(100)]
@@ -134,7 +149,7 @@ class Document:
             for name in names[: self.cast_size]
         ]
         self._coded = names[self.cast_size :]
-        self._singers = list(words.names)
+        self._singers = list(words.places)
         self._objects = list(OBJECTS)
         self._variables = list(words.variables)
         for pool in (self._coded, self._singers, self._objects, self._variables):
@@ -159,23 +174,23 @@ class Document:
         if not self._coded:
             return None
         name, number = self._coded.pop(), self.words.number(self.rng)
-        self.items.append(Item("fact", f"What is the code of {name}?", f" The code of {name} is", number))
-        return Piece(f"The code of {name} is {number}.", "statement", "fact")
+        self.items.append(Item("fact", f"What is the code of {name}?", f" Code of {name}", number))
+        return Piece(f"Code of {name} {number}.", "statement", "fact")
 
     def hidden(self) -> Piece | None:
         if not self._objects:
             return None
         thing, place = self._objects.pop(), self.rng.choice(self.words.places)
-        self.items.append(Item("hidden", f"Where is the {thing}?", f" The {thing} is in", place))
-        return Piece(f"The {thing} is in {place}.", "statement", "hidden")
+        self.items.append(Item("hidden", f"Where is the {thing}?", f" Hidden {thing}", place))
+        return Piece(f"Hidden {thing} {place}.", "statement", "hidden")
 
     def passkey(self) -> Piece | None:
         if self._passkey:
             return None
         self._passkey = True
         number = self.words.number(self.rng)
-        self.items.append(Item("passkey", "What is the passkey?", " The passkey is", number))
-        return Piece(f"The passkey is {number}.", "statement", "passkey")
+        self.items.append(Item("passkey", "What is the passkey?", " The passkey", number))
+        return Piece(f"The passkey {number}.", "statement", "passkey")
 
     def variable(self, hops: int) -> Piece | None:
         """Set a variable to a number (`hops=0`), or to one that is already `hops - 1` steps from its number."""
@@ -188,16 +203,16 @@ class Document:
         else:
             source = number = self.words.number(self.rng)
         self._values.append((name, number, hops))
-        self.items.append(Item(f"hops{hops}", f"What is {name}?", f" Here {name} is", number))
-        return Piece(f"Here {name} is {source}.", "statement", f"hops{hops}")
+        self.items.append(Item(f"hops{hops}", f"What is {name}?", f" Here {name}", number))
+        return Piece(f"Here {name} {source}.", "statement", f"hops{hops}")
 
     def song(self, num_words: int = 6) -> Piece | None:
         if not self._singers:
             return None
         name = self._singers.pop()
         line = " ".join(self.rng.sample(SONG_WORDS, num_words))
-        self.items.append(Item("song", f"Sing the song of {name}.", f" Song of {name}:", line))
-        return Piece(f"Song of {name}: {line}.", "statement", "song")
+        self.items.append(Item("song", f"Sing the song of {name}.", f" Song of {name}", line))
+        return Piece(f"Song of {name} {line}.", "statement", "song")
 
     def vote(self) -> Piece:
         weights = (4, 2, 1)

@@ -34,6 +34,4 @@ def search_ranges(cls: Any) -> dict[str, IntRange | Choice]:
 
 def settings(method: Any) -> dict[str, Any]:
     """The parameters of a method object that differ from their defaults: what a policy file writes."""
-    return {
-        f.name: getattr(method, f.name) for f in dataclasses.fields(method) if getattr(method, f.name) != f.default
-    }
+    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if getattr(method, f.name) != f.default}

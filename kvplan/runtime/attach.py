@@ -77,7 +77,9 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
     before = model.config._attn_implementation
     model.set_attn_implementation(register())
     if model.config._attn_implementation == before:
-        raise RuntimeLimitError(f"{spec.model_type} does not use transformers' attention interface; kvplan cannot attach to it")
+        raise RuntimeLimitError(
+            f"{spec.model_type} does not use transformers' attention interface; kvplan cannot attach to it"
+        )
     setattr(model, _ATTACHED, True)
     try:
         with _without_projections(model, policy):

@@ -61,7 +61,8 @@ def attention_function(
     keys, cache, index = pending
     if keys is not key:
         raise RuntimeLimitError(
-            f"layer {index}: the model changes its keys after the cache took them (latent attention?); kvplan does not support it"
+            f"layer {index}: the model changes its keys after the cache took them (latent attention?); "
+            "kvplan does not support it"
         )
     if kwargs.get("position_bias") is not None:
         raise RuntimeLimitError(f"layer {index}: position biases are not supported with an evicting cache")

@@ -44,7 +44,7 @@ def build_layer(policy: Policy, spec: ModelSpec, index: int) -> BudgetedLayer:
     return kind(layer, spec.layers[index])
 
 
-class PolicyCache(Cache):  # type: ignore[misc]
+class PolicyCache(Cache):
     """Pass as `past_key_values` to `generate` or to a forward call of the attached model.
 
     Args:
@@ -71,7 +71,7 @@ class PolicyCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Leave the new keys for the attention call that follows, which finds its layer by the key tensor's identity."""
+        """Leave the new keys for the attention call that follows, which knows its layer by the key tensor itself."""
         HANDOFF.pending = (key_states, self, layer_idx)
         return key_states, value_states
 
@@ -85,7 +85,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
     # -- one layer's turn -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run_layer(self, index: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any) -> Tensor:
+    def run_layer(
+        self, index: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any
+    ) -> Tensor:
         """Store the new tokens of one layer under its policy and attend.
 
         Args:
@@ -125,7 +127,9 @@ class PolicyCache(Cache):  # type: ignore[misc]
         self._note_peak(_storage_bytes(keys) + _storage_bytes(values), index)
         return output
 
-    def _run_later(self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> Tensor:
+    def _run_later(
+        self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs
+    ) -> Tensor:
         if source != index:
             seen = self._contexts[source]
             assert isinstance(seen, list)

@@ -49,7 +49,7 @@ def ring_visibility(rows: list[RowState], num_old: int, num_new: int, device: to
         birth[b, state.held : num_old] = FOREVER
         if state.capacity is None:
             continue
-        occupant = {}
+        occupant: dict[int, int] = {}
         for step in range(num_new):
             slot = ring_slot(state, step)
             old = occupant.get(slot, slot if slot < state.held else None)

@@ -43,7 +43,9 @@ def column_sums(q: Tensor, keys: Tensor, valid: Tensor, args: AttentionArgs) -> 
     return sums
 
 
-def prompt_view(evictor: Evictor, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs) -> PromptView:
+def prompt_view(
+    evictor: Evictor, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs
+) -> PromptView:
     """The view with just the signals that the evictor needs."""
     wants_sums = Signal.COLUMN_SUMS in evictor.needs
     return PromptView(
@@ -60,9 +62,9 @@ def prompt_view(evictor: Evictor, q: Tensor, keys: Tensor, values: Tensor, valid
 def slot_order(scores: Tensor, policy: LayerPolicy, capacity: int | None) -> Tensor:
     """Which prompt tokens a row keeps, in slot order.
 
-    Sinks come first. A ring (evictors that keep no scores) is then filled from the lowest rank up, so that the slots to be
-    overwritten first hold the tokens that matter least; recent tokens come last, in order of time. Score evictors keep the
-    order of time. Ties go to the later token.
+    Sinks come first. A ring (evictors that keep no scores) is then filled from the lowest rank up, so that the slots
+    to be overwritten first hold the tokens that matter least; recent tokens come last, in order of time. Score
+    evictors keep the order of time. Ties go to the later token.
 
     Args:
         scores: [H, T_b] of one row, without padding.

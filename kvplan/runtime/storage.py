@@ -101,7 +101,9 @@ class Pool:
             mine.scores[..., :count] = theirs.scores[..., :count]
 
     def _likes(self) -> tuple[Tensor, Tensor]:
-        return self.keys.view(-1, self.heads, 1, self.keys.shape[-1]), self.values.view(-1, self.heads, 1, self.values.shape[-1])
+        return self.keys.view(-1, self.heads, 1, self.keys.shape[-1]), self.values.view(
+            -1, self.heads, 1, self.values.shape[-1]
+        )
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Storage bytes really allocated."""

@@ -26,8 +26,9 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt_neox", "opt", "
 def config(family: str) -> Any:
     if family == "opt":
         return tf.OPTConfig(
-            vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=32,
-            max_position_embeddings=512, bos_token_id=1, eos_token_id=None, pad_token_id=0, dropout=0.0,
+            vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4,
+            word_embed_proj_dim=32, max_position_embeddings=512, bos_token_id=1, eos_token_id=None,
+            pad_token_id=0, dropout=0.0,
         )  # fmt: skip
     if family == "gpt_neox":
         skipped = ("num_key_value_heads", "head_dim")
@@ -48,7 +49,7 @@ def config(family: str) -> Any:
 def model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     made = tf.AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
-    for name, parameter in made.named_parameters():
+    for parameter in made.parameters():
         # Larger weights than the default: attention that is nearly uniform would hide mistakes.
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.15)

@@ -45,7 +45,9 @@ class ListCache:
             self.alive.append(sorted(best))
         # Rings are overwritten from the lowest rank up; new tokens queue behind.
         self.queue = [
-            sorted((j for j in self.alive[g] if j >= self.sinks), key=lambda j: (j >= T - self.recent, self.rank(g, j, T)))
+            sorted(
+                (j for j in self.alive[g] if j >= self.sinks), key=lambda j: (j >= T - self.recent, self.rank(g, j, T))
+            )
             for g in range(self.heads)
         ]
 

@@ -74,9 +74,7 @@ def test_storage_is_the_plan_at_every_step(family: str, name: str) -> None:
             assert cache.kv_bytes == planned.total == report["kv_bytes_planned"]
             assert cache.full_kv_bytes == planned.full
             assert cache.peak_kv_bytes >= cache.kv_bytes
-            made(
-                input_ids=torch.full((4, 1), 5), position_ids=positions[:, -1:] + 1 + step, past_key_values=cache
-            )
+            made(input_ids=torch.full((4, 1), 5), position_ids=positions[:, -1:] + 1 + step, past_key_values=cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "opt", "phi3"])

@@ -37,9 +37,7 @@ def prefill(made: BudgetedLayer, q, k, v, valid=None) -> None:
 def held_positions(made: BudgetedLayer, all_keys: torch.Tensor, row: int = 0) -> list[list[int]]:
     """Positions held per head, found by looking each stored key up in the whole sequence."""
     stored = made.pool.row(row).keys[0, :, : made.held(row)]
-    return [
-        sorted(int((all_keys[h] == key).all(-1).nonzero()[0]) for key in stored[h]) for h in range(stored.shape[0])
-    ]
+    return [sorted(int((all_keys[h] == key).all(-1).nonzero()[0]) for key in stored[h]) for h in range(stored.shape[0])]
 
 
 @pytest.mark.parametrize("name", evictors.names())

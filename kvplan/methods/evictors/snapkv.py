@@ -56,5 +56,7 @@ class SnapKV(Evictor):
         votes = probs.mean((2, 3))  # [B, Hkv, T]
         votes[..., -W:] = 0  # the window's columns are kept anyway; their mass must not leak into its neighbours
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        pooled = pool(votes[..., :-W], self.pool_width, 1, self.pool_width // 2) if W < votes.shape[-1] else votes[..., :0]
+        pooled = (
+            pool(votes[..., :-W], self.pool_width, 1, self.pool_width // 2) if votes.shape[-1] > W else votes[..., :0]
+        )
         return F.pad(pooled, (0, W), value=2.0)  # a mean of probabilities is at most 1

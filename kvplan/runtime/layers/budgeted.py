@@ -34,7 +34,7 @@ class Seen:
     mask: Tensor | None
 
 
-class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
+class BudgetedLayer(CacheLayerMixin):
     """Slots of one decoder layer.
 
     Order inside a decode step: overwrite the victim's slot (or take a free one), attend, update the scores. A layer of
@@ -60,7 +60,9 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Storing happens in the attention call that follows; see `runtime.attention`."""
         return key_states, value_states
 
@@ -77,7 +79,9 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def offload(self) -> None:
-        raise RuntimeLimitError("kvplan's cache cannot be offloaded layer by layer; drop offloading from the cache settings")
+        raise RuntimeLimitError(
+            "kvplan's cache cannot be offloaded layer by layer; drop offloading from the cache settings"
+        )
 
     prefetch = offload
 
@@ -149,7 +153,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.fill(keys, values, lengths, scores)
 
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], scores: Tensor | None) -> None:
-        """Build the pool from a left-padded prompt and its scores [B, H, T] (None: keep the latest, in order of time)."""
+        """Build the pool from a left-padded prompt and its scores [B, H, T] (None: keep the latest by time)."""
         T = keys.shape[2]
         self.prompt_tokens, self.appended = lengths, 0
         self.capacities = capacities(self.policy, self.spec.window, lengths)
@@ -305,8 +309,14 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
             # `nonzero` lists survivors head by head, in order.
             order = alive[b].nonzero()[:, 1].view(self._side_heads, held)
             assert row.positions is not None and row.scores is not None
-            row.keys[0, :, :held], row.values[0, :, :held] = gather_slots(keys[b], order), gather_slots(values[b], order)
-            row.positions[0, :, :held], row.scores[0, :, :held] = positions[b].gather(-1, order), scores[b].gather(-1, order)
+            row.keys[0, :, :held], row.values[0, :, :held] = (
+                gather_slots(keys[b], order),
+                gather_slots(values[b], order),
+            )
+            row.positions[0, :, :held], row.scores[0, :, :held] = (
+                positions[b].gather(-1, order),
+                scores[b].gather(-1, order),
+            )
         self.pool = pool
         return visible
 

@@ -1,0 +1,167 @@
+"""Scorer: what a policy does to the model's next-token distributions on given prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvplan.calibrate.prompts import Example
+from kvplan.errors import DataError
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.schema import FULL, LayerPolicy, Policy
+from kvplan.runtime.attach import attach
+from kvplan.runtime.cache import PolicyCache
+from kvplan.runtime.replay import PromptCapture, capture, forward, positions_of, replay
+from kvplan.stats import PromptScores
+
+
+@dataclass
+class _Batch:
+    """Prompts prefilled together, with the full cache's predictions over their continuations."""
+
+    indices: list[int]
+    ids: Tensor
+    prompt: PromptCapture
+    continuation: Tensor  # [B, C] padded on the right with 0
+    reference: Tensor  # [B, C, V] float32 log-probabilities of the full cache
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores together with the storage bytes that the caches really held after the prompts."""
+
+    scores: PromptScores
+    kv_bytes: int
+    full_kv_bytes: int
+
+
+class Scorer:
+    """Scores policies on a fixed set of examples. Each prompt is prefilled once, whatever the number of policies.
+
+    The prompt is prefilled and compressed, then the continuation is fed on the compressed cache (teacher forcing), by
+    the same code that generates. Position 0 of the continuation is predicted by the prompt's own pass.
+
+    Args:
+        model: The model, in eval mode.
+        spec: Its shape.
+        examples: The prompts.
+        batch_size: Prompts that are run together.
+        keep: Keep captured prompts for the next policy. Turn off to score one policy on many prompts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        examples: Sequence[Example],
+        *,
+        batch_size: int = 8,
+        keep: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        empty = next((e for e in examples if not e.continuation_ids), None)
+        if empty is not None:
+            raise DataError(f"prompt '{empty.id}' has nothing to score: no answer, and too short to cut a continuation")
+        self.model, self.spec, self.examples = model, spec, list(examples)
+        self._full = Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers)
+        # Prompts of similar length share a batch, whatever order they are asked for in.
+        by_length = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].prompt_ids))
+        self._groups = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        self._batches: dict[tuple[int, ...], _Batch] = {}
+        self._keep, self._progress = keep, progress
+
+    def score(self, policy: Policy, indices: Sequence[int] | None = None) -> PromptScores:
+        """Scores of `policy` on the examples of these indices (all by default), in that order."""
+        return self.measure(policy, indices).scores
+
+    def measure(self, policy: Policy, indices: Sequence[int] | None = None) -> Measured:
+        """Scores, and bytes counted in the caches' storage right after the prompts."""
+        wanted = list(range(len(self.examples))) if indices is None else list(indices)
+        rows: dict[int, tuple[float, float, float, float]] = {}
+        kv_bytes = full_bytes = 0
+        chosen = set(wanted)
+        for group in self._groups:
+            mine = [i for i in group if i in chosen]
+            if not mine:
+                continue
+            batch = self._batch(mine)
+            found, held, full = self._score_batch(policy, batch)
+            rows.update(found)
+            kv_bytes, full_bytes = kv_bytes + held, full_bytes + full
+            if self._progress is not None:
+                self._progress(len(rows), len(chosen))
+        columns = list(zip(*(rows[i] for i in wanted), strict=True))
+        return Measured(PromptScores(*(tuple(c) for c in columns)), kv_bytes, full_bytes)
+
+    def _batch(self, indices: list[int]) -> _Batch:
+        key = tuple(indices)
+        if key in self._batches:
+            return self._batches[key]
+        examples = [self.examples[i] for i in indices]
+        device = next(self.model.parameters()).device
+        ids, valid = pad([e.prompt_ids for e in examples], left=True, device=device)
+        continuation, _ = pad([e.continuation_ids for e in examples], left=False, device=device)
+        prompt = capture(self.model, self._full, self.spec, ids, valid)
+        batch = _Batch(indices, ids, prompt, continuation, torch.empty(0))
+        with attach(self.model, self._full, self.spec) as runtime, torch.no_grad():
+            batch.reference = self._continue(runtime, replay(runtime, prompt), batch, prompt.last_logits)
+        if self._keep:
+            self._batches[key] = batch
+        return batch
+
+    def _continue(self, runtime: Any, cache: PolicyCache, batch: _Batch, last_logits: Tensor) -> Tensor:
+        """Log-probabilities [B, C, V] that predict each continuation token."""
+        lengths = batch.prompt.valid.sum(-1, keepdim=True)
+        width = batch.continuation.shape[1]
+        first = last_logits[:, None].float()
+        if width == 1:
+            return first.log_softmax(-1)
+        positions = lengths + torch.arange(width - 1, device=lengths.device)
+        logits = forward(runtime, cache, batch.continuation[:, :-1], positions, None)
+        return torch.cat([first, logits], 1).log_softmax(-1)
+
+    @torch.no_grad()
+    def _score_batch(
+        self, policy: Policy, batch: _Batch
+    ) -> tuple[dict[int, tuple[float, float, float, float]], int, int]:
+        with attach(self.model, policy, self.spec) as runtime:
+            if any(layer.shares is not None for layer in policy.layers):
+                cache = runtime.new_cache()
+                valid = batch.prompt.valid
+                last = forward(runtime, cache, batch.ids, positions_of(valid), valid, last_only=True)[:, -1]
+            else:
+                cache, last = replay(runtime, batch.prompt), batch.prompt.last_logits
+            held, full = cache.kv_bytes, cache.full_kv_bytes
+            found = self._continue(runtime, cache, batch, last)
+        kl = (batch.reference.exp() * (batch.reference - found)).sum(-1)
+        agree = found.argmax(-1) == batch.reference.argmax(-1)
+        right = found.argmax(-1) == batch.continuation
+        nll = -found.gather(-1, batch.continuation[..., None])[..., 0]
+        rows = {}
+        for row, index in enumerate(batch.indices):
+            example = self.examples[index]
+            n = len(example.continuation_ids)
+            answers = [bool(right[row, a:b].all()) for a, b in example.answers]
+            rows[index] = (
+                kl[row, :n].double().mean().clamp(min=0).item(),
+                agree[row, :n].double().mean().item(),
+                sum(answers) / len(answers) if answers else float("nan"),
+                nll[row, :n].double().mean().item(),
+            )
+        return rows, held, full
+
+
+def pad(sequences: Sequence[Sequence[int]], *, left: bool, device: Any = "cpu") -> tuple[Tensor, Tensor]:
+    """ids [B, T] int64, padded with 0, and valid [B, T] bool."""
+    width = max(len(s) for s in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    valid = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        part = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, part] = torch.tensor(sequence)
+        valid[row, part] = True
+    return ids.to(device), valid.to(device)

@@ -1,0 +1,42 @@
+"""The table that decides whether a policy is worth using."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from kvplan.check.comparison import Row
+from kvplan.units import format_bytes
+
+HEADERS = ("policy", "KV bytes", "of full", "score", "KL", "top-1", "KL above the found policy")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row as text."""
+    task, worse = row.scores.mean_task, row.worse_by
+    return (
+        row.name,
+        format_bytes(row.kv_bytes),
+        f"{row.share:.1%}",
+        "-" if task is None else f"{task:.3f}",
+        f"{row.scores.mean_kl:.4f}",
+        f"{row.scores.mean_top1:.3f}",
+        "" if worse is None else f"{worse.mean:+.4f} [{worse.low:+.4f}, {worse.high:+.4f}]",
+    )
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """For a terminal of 100 columns or more; 80 with a narrower last column."""
+    made = Table(title=title, title_justify="left", pad_edge=False)
+    for index, header in enumerate(HEADERS):
+        made.add_column(header, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        made.add_row(*cells(row))
+    return made
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same table for a README."""
+    lines = ["| " + " | ".join(HEADERS) + " |", "|---|" + "---:|" * (len(HEADERS) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows])

@@ -1,0 +1,89 @@
+"""Replay is the runtime: the same scores as prefilling and decoding anew, for every evictor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+from families import model, prompts
+
+from kvplan.calibrate.prompts import Example
+from kvplan.check.scoring import Scorer
+from kvplan.methods.evictors import evictors
+from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots
+from kvplan.runtime.attach import attach, spec_of
+
+
+def examples(lengths: tuple[int, ...], continuation: int = 9) -> list[Example]:
+    made = []
+    for i, n in enumerate(lengths):
+        ids = prompts((n + continuation,), seed=i)["input_ids"][0].tolist()
+        made.append(Example(str(i), "t", tuple(ids[:n]), tuple(ids[n:]), ((2, 4), (6, 9)), False, "", None))
+    return made
+
+
+def policy(name: str, layers: int = 4, **kwargs: object) -> Policy:
+    layer = LayerPolicy(slots=Slots(share=4000), sink_tokens=2, recent_tokens=4, min_slots=8, evictor=evictors[name]())
+    return Policy(layers=(layer,) * layers)
+
+
+def by_hand(made, chosen: Policy, example: Example) -> tuple[float, float]:
+    """KL and top-1 from whole prefills and single steps through the attached model."""
+
+    def logprobs(p: Policy) -> torch.Tensor:
+        with attach(made, p) as runtime, torch.no_grad():
+            cache = runtime.new_cache()
+            rows = [made(torch.tensor([example.prompt_ids]), past_key_values=cache).logits[0, -1]]
+            for i, token in enumerate(example.continuation_ids[:-1]):
+                position = torch.tensor([[len(example.prompt_ids) + i]])
+                rows.append(made(torch.tensor([[token]]), position_ids=position, past_key_values=cache).logits[0, -1])
+        return torch.stack(rows).log_softmax(-1)
+
+    full = logprobs(Policy(layers=(LayerPolicy(slots=FULL),) * 4))
+    found = logprobs(chosen)
+    return (full.exp() * (full - found)).sum(-1).mean().item(), (
+        full.argmax(-1) == found.argmax(-1)
+    ).double().mean().item()
+
+
+@pytest.mark.parametrize("name", evictors.names())
+def test_replay_equals_the_runtime(name: str) -> None:
+    made = model("llama")
+    items = examples((40, 23, 31))
+    scores = Scorer(made, spec_of(made), items).score(policy(name))
+    for i, example in enumerate(items):
+        kl, top1 = by_hand(made, policy(name), example)
+        assert scores.kl[i] == pytest.approx(kl, abs=1e-5)
+        assert scores.top1[i] == pytest.approx(top1)
+    assert max(scores.kl) > 1e-4
+
+
+def test_sharing_is_run_honestly() -> None:
+    made = model("qwen3")
+    items = examples((40, 23))
+    base = policy("snapkv").layers[0]
+    shared = Policy(layers=(base, base, LayerPolicy(shares=0), base))
+    scores = Scorer(made, spec_of(made), items).score(shared)
+    for i, example in enumerate(items):
+        assert scores.kl[i] == pytest.approx(by_hand(made, shared, example)[0], abs=1e-5)
+
+
+def test_scores_do_not_depend_on_batching_or_on_what_else_is_asked() -> None:
+    made = model("llama", torch.float64)
+    items = examples((40, 23, 31, 12, 36))
+    whole = Scorer(made, spec_of(made), items, batch_size=4).score(policy("h2o"))
+    single = Scorer(made, spec_of(made), items, batch_size=1, keep=False).score(policy("h2o"), [3, 0])
+    assert single.kl == pytest.approx((whole.kl[3], whole.kl[0]), abs=1e-6)
+    assert single.task == (whole.task[3], whole.task[0])
+
+
+def test_the_full_policy_loses_nothing() -> None:
+    made = model("llama")
+    measured = Scorer(made, spec_of(made), examples((40, 23))).measure(Policy(layers=(LayerPolicy(slots=FULL),) * 4))
+    assert measured.kv_bytes == measured.full_kv_bytes
+    assert max(measured.scores.kl) < 1e-9
+    assert set(measured.scores.top1) == {1.0}
