@@ -52,7 +52,7 @@ dev: $(DEV)
 
 demo: $(INSTALLED)
 	@rm -rf demo-out && mkdir demo-out
-	@cd demo-out && ../$(BIN)/python -m kvplan.demo.main
+	@cd demo-out && ../$(BIN)/python -m kvplan.cli.demo
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

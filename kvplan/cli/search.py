@@ -131,6 +131,7 @@ def command(
                     "profile": measured.data_fingerprint,
                     "data": fingerprint,
                     "seed": seed,
+                    "model": model or "bundled",
                 },
             )
     except KeyboardInterrupt:

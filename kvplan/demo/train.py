@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvplan.demo.train", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, default=18e6)
+    parser.add_argument("--tokens", type=float, default=15e6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--decay", type=float, default=0.3)
     parser.add_argument("--muon-lr", type=float, default=0.02)

@@ -11,7 +11,7 @@ from kvplan.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy
 from kvplan.units import BASIS_POINTS
 
-GROWTH_TOKENS = 64  # A cache below its capacity grows by blocks of this many tokens.
+MIN_GROWTH_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,18 @@ def capacity(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int) -> int | N
     return layer.capacity(prompt_tokens) if spec.window is None else spec.window
 
 
+def growth_tokens(prompt_tokens: int) -> int:
+    """Tokens of a block by which a row below its capacity grows: a sixteenth of its prompt, so that growing is rare and
+    what is allocated but not yet used stays small."""
+    return max(MIN_GROWTH_TOKENS, prompt_tokens // 16)
+
+
 def allocated_slots(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int, appended_tokens: int) -> int:
     """Slots per KV head of one row after its prompt and `appended_tokens` forward tokens; 0 for a sharing layer."""
     if layer.shares is not None:
         return 0
-    blocks = -(-appended_tokens // GROWTH_TOKENS)
-    slots = prompt_tokens + blocks * GROWTH_TOKENS
+    block = growth_tokens(prompt_tokens)
+    slots = prompt_tokens + -(-appended_tokens // block) * block
     most = capacity(layer, spec, prompt_tokens)
     return slots if most is None else min(slots, most)
 

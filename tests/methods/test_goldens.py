@@ -77,7 +77,9 @@ def test_h2o_sums_are_the_references() -> None:
     assert top(per_kv_head, 8) == [[0, 1, 2, 4, 6, 7, 9, 11], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
-def run(name: str, keys: torch.Tensor, values: torch.Tensor, slots: int, recent: int, prompt: int) -> list[BudgetedLayer]:
+def run(
+    name: str, keys: torch.Tensor, values: torch.Tensor, slots: int, recent: int, prompt: int
+) -> list[BudgetedLayer]:
     """The layer after the prompt, and after all T tokens."""
     policy = LayerPolicy(slots=Slots(tokens=slots), sink_tokens=0, recent_tokens=recent, evictor=evictors[name]())
     layers = []
