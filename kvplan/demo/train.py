@@ -127,8 +127,9 @@ class Trainer:
 
     def pick_length(self) -> int:
         rng = Random(f"{self.args.seed}/length/{self.step}")
-        shorter = self.stage > 0 and rng.random() < 0.25
-        return LENGTHS[rng.randrange(max(self.stage - 2, 0), self.stage) if shorter else self.stage]
+        # Once recall works, shorter documents teach the same at less cost; the longest keep it working at length.
+        shorter = self.stage > 0 and rng.random() < (0.6 if self.stage == len(LENGTHS) - 1 else 0.25)
+        return LENGTHS[rng.randrange(max(self.stage - 3, 0), self.stage) if shorter else self.stage]
 
     def train_step(self) -> None:
         args, length = self.args, self.pick_length()
@@ -214,13 +215,14 @@ def export(trainer: Trainer, out: Path) -> None:
     trainer.model.set_attn_implementation("sdpa")
     trainer.model.save_pretrained(out)
     build_tokenizer().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvplan.demo.train", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, default=15e6)
+    parser.add_argument("--tokens", type=float, default=13e6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--decay", type=float, default=0.3)
     parser.add_argument("--muon-lr", type=float, default=0.02)

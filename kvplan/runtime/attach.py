@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from kvplan.errors import RuntimeLimitError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
-from kvplan.policy.serialize import check_model, load_policy
+from kvplan.policy.serialize import check_model, check_policy, load_policy
 from kvplan.runtime.attention import register
-from kvplan.runtime.cache import PolicyCache
+from kvplan.runtime.cache import Attached, PolicyCache
 
 _ATTACHED = "_kvplan_attached"
 
@@ -27,10 +27,11 @@ class Runtime:
     model: Any
     policy: Policy
     spec: ModelSpec
+    attached: Attached
 
     def new_cache(self) -> PolicyCache:
         """An empty cache for one batch of sequences."""
-        return PolicyCache(self.policy, self.spec)
+        return PolicyCache(self.policy, self.spec, self.attached)
 
 
 class _NoProjection(nn.Module):
@@ -71,6 +72,7 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
     """
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
     spec = spec_of(model) if spec is None else spec
+    check_policy(policy)
     check_model(policy, spec)
     if getattr(model, _ATTACHED, False):
         raise RuntimeLimitError("a policy is already attached to this model; leave its `with` block first")
@@ -81,10 +83,12 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
             f"{spec.model_type} does not use transformers' attention interface; kvplan cannot attach to it"
         )
     setattr(model, _ATTACHED, True)
+    attached = Attached()
     try:
         with _without_projections(model, policy):
-            yield Runtime(model, policy, spec)
+            yield Runtime(model, policy, spec, attached)
     finally:
+        attached.active = False
         delattr(model, _ATTACHED)
         model.set_attn_implementation(before)
 

@@ -27,7 +27,10 @@ def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
     cache, HANDOFF.mask_for = HANDOFF.mask_for, None
     if cache is None:
         return sdpa_mask(*args, **kwargs)
-    cache.padding, cache.mask_noted = kwargs.get("attention_mask"), True
+    padding = kwargs.get("attention_mask")
+    cache.padding, cache.mask_noted = padding, True
+    if cache.get_seq_length() and kwargs["q_length"] > 1 and padding is not None:
+        _refuse_padding(padding[:, -kwargs["q_length"] :])
     return sdpa_mask(*args, **kwargs) if cache.get_seq_length() == 0 else None
 
 
@@ -67,6 +70,14 @@ def attention_function(
     if kwargs.get("position_bias") is not None:
         raise RuntimeLimitError(f"layer {index}: position biases are not supported with an evicting cache")
     return cache.run_layer(index, query, key, value, args, prefill), None
+
+
+def _refuse_padding(mask: Tensor) -> None:
+    if not bool(mask.all()):
+        raise RuntimeLimitError(
+            "a later turn has padding in it; kvplan's cache takes padding only on the left of the first prompt: "
+            "give every row as many new tokens, or run the rows one by one"
+        )
 
 
 def _bool_mask(mask: Tensor | None, query: Tensor, keys: Tensor) -> Tensor:

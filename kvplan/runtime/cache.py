@@ -20,6 +20,13 @@ from kvplan.runtime.layers.shared import SharedLayer
 
 
 @dataclass
+class Attached:
+    """Whether the policy that a cache was made for is still on its model."""
+
+    active: bool = True
+
+
+@dataclass
 class _Prompt:
     """A layer's whole prompt, kept only until the last layer that shares it has run."""
 
@@ -50,11 +57,12 @@ class PolicyCache(Cache):
     Args:
         policy: What each layer keeps.
         spec: The model's shape.
+        attached: Goes false when the policy leaves the model.
     """
 
-    def __init__(self, policy: Policy, spec: ModelSpec) -> None:
+    def __init__(self, policy: Policy, spec: ModelSpec, attached: Attached | None = None) -> None:
         super().__init__(layers=[build_layer(policy, spec, i) for i in range(spec.num_layers)])
-        self.policy, self.spec = policy, spec
+        self.policy, self.spec, self.attached = policy, spec, attached or Attached()
         self.padding: Tensor | None = None
         self.mask_noted = False
         self.peak_kv_bytes = 0
@@ -65,13 +73,16 @@ class PolicyCache(Cache):
     # -- the transformers interface -------------------------------------------------------------------------------
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        HANDOFF.mask_for = self
+        # A forward that broke off may have left its keys behind.
+        HANDOFF.mask_for, HANDOFF.pending = self, None
         return self.layers[0].get_mask_sizes(query_length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Leave the new keys for the attention call that follows, which knows its layer by the key tensor itself."""
+        if not self.attached.active:
+            raise RuntimeLimitError("this cache's policy is no longer attached to a model; use it inside its `with` block")
         HANDOFF.pending = (key_states, self, layer_idx)
         return key_states, value_states
 

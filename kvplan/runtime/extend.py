@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvplan.methods.evictors import Evictor
-from kvplan.runtime.kernels.dense import AttentionArgs, attention_logits, masked_softmax
+from kvplan.methods.softmax import masked_softmax
+from kvplan.runtime.kernels.dense import AttentionArgs, attention_logits
 
 FOREVER = 2**30
 
@@ -100,6 +101,6 @@ def score_scan(
         alive.scatter_(-1, victim, alive.gather(-1, victim) & ~full)
         alive[..., N + step] = True
         visible[:, :, step] = alive
-        probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args)
+        probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
         scores = evictor.observe(scores, probs[..., 0, :].float())
     return visible, scores, alive

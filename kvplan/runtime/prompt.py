@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvplan.methods.evictors import Evictor, PromptView, Signal
+from kvplan.methods.softmax import capped, masked_softmax
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime.kernels.dense import AttentionArgs
 
@@ -34,12 +35,10 @@ def column_sums(q: Tensor, keys: Tensor, valid: Tensor, args: AttentionArgs) -> 
         end = min(start + QUERY_BLOCK, T)
         block = grouped[:, :, :, start:end]
         logits = (block.flatten(2, 3) @ keys_t[..., :end]).unflatten(2, block.shape[2:4]) * args.scaling
-        if args.softcap is not None:
-            logits = torch.tanh(logits / args.softcap) * args.softcap
+        logits = capped(logits, args.softcap)
         visible = (positions[:end] <= positions[start:end, None]) & valid[:, None, None, None, :end]
-        probs = logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1)
-        probs = probs * valid[:, None, None, start:end, None]
-        sums[..., :end] += (probs * visible).mean(2).sum(2)
+        probs = masked_softmax(logits, visible, args.sink_logits) * valid[:, None, None, start:end, None]
+        sums[..., :end] += probs.mean(2).sum(2)
     return sums
 
 
@@ -54,6 +53,7 @@ def prompt_view(
         valid=valid,
         scaling=args.scaling,
         softcap=args.softcap,
+        sink_logits=args.sink_logits,
         queries=q[:, :, -max(evictor.window_tokens_needed, 1) :],
         column_sums=column_sums(q, keys, valid, args) if wants_sums else None,
     )

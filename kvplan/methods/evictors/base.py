@@ -35,6 +35,7 @@ class PromptView:
         valid: [B, T] bool, False on padding.
         scaling: factor on the query-key products.
         softcap: logit soft cap of the model, or None.
+        sink_logits: [Hq] learned logits that take softmax mass (gpt-oss), or None.
     """
 
     keys: Tensor
@@ -44,6 +45,7 @@ class PromptView:
     queries: Tensor | None = None
     column_sums: Tensor | None = None
     softcap: float | None = None
+    sink_logits: Tensor | None = None
 
 
 class Evictor(ABC):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvplan.methods.evictors.base import PromptView
+from kvplan.methods.softmax import capped, masked_softmax
 
 
 def window_attention(view: PromptView, num_queries: int) -> tuple[Tensor, Tensor]:
@@ -19,11 +20,10 @@ def window_attention(view: PromptView, num_queries: int) -> tuple[Tensor, Tensor
     W = min(num_queries, T, view.queries.shape[2])
     q = view.queries[:, :, -W:].unflatten(1, (Hkv, -1))  # [B, Hkv, G, W, D]
     logits = (q.flatten(2, 3).float() @ view.keys.float().mT).unflatten(2, q.shape[2:4]) * view.scaling
-    if view.softcap is not None:
-        logits = torch.tanh(logits / view.softcap) * view.softcap
+    logits = capped(logits, view.softcap)
     positions = torch.arange(T, device=logits.device)
     visible = positions <= positions[-W:, None]  # [W, T]
     mask = visible & view.valid[:, None, None, None]  # [B, 1, 1, W, T]
-    probs = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
     query_valid = view.valid[:, -W:]
-    return probs * (mask & query_valid[:, None, None, :, None]), query_valid
+    probs = masked_softmax(logits, mask, view.sink_logits)
+    return probs * query_valid[:, None, None, :, None], query_valid

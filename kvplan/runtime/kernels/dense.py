@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvplan.methods.softmax import capped, masked_softmax
+
 
 @dataclass(frozen=True)
 class AttentionArgs:
@@ -54,22 +56,10 @@ def attention_logits(q: Tensor, keys: Tensor, args: AttentionArgs) -> Tensor:
     grouped = q.reshape(B, Hkv, -1, q.shape[-1])
     logits = (grouped @ keys.mT).unflatten(2, (-1, T)) * args.scaling
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits if args.softcap is None else torch.tanh(logits / args.softcap) * args.softcap
-
-
-def masked_softmax(logits: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:
-    """Softmax over the last axis of [B, Hkv, G, T, S]; learned sinks take mass but are not returned."""
-    if mask is not None:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    if args.sink_logits is None:
-        probs = logits.softmax(-1)
-    else:
-        B, Hkv, G, T, _ = logits.shape
-        sinks = args.sink_logits.to(logits.dtype).view(1, Hkv, G, 1, 1).expand(B, -1, -1, T, -1)
-        probs = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
-    return probs if mask is None else probs * mask
+    return capped(logits, args.softcap)
 
 
 def attention_probs(q: Tensor, keys: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:
     """[B, Hkv, G, T, S] probabilities; `mask` as in `attend`."""
-    return masked_softmax(attention_logits(q, keys, args), None if mask is None else mask[:, :, None], args)
+    visible = None if mask is None else mask[:, :, None]
+    return masked_softmax(attention_logits(q, keys, args), visible, args.sink_logits)
