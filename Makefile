@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo test lint format format-check types imports check wheel clean data
+.PHONY: help install dev demo bench-calibrate policies test lint format format-check types imports check wheel clean data
 
 export KVPLAN_TORCH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -53,6 +53,16 @@ dev: $(DEV)
 demo: $(INSTALLED)
 	@rm -rf demo-out && mkdir demo-out
 	@cd demo-out && ../$(BIN)/python -m kvplan.cli.demo
+
+bench-calibrate: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibrate.py
+
+# The shipped policies, remade from the bundled model and data.
+policies: $(INSTALLED)
+	@mkdir -p build/policies
+	cd build/policies && ../../$(BIN)/kvplan calibrate -o profile.json
+	for share in 50 40 25; do (cd build/policies && ../../$(BIN)/kvplan search --mem $$share% --trials 40 -o $$share.yaml \
+	  && cp $$share.yaml ../../policies/bundled/$${share}pct.yaml) || exit 1; done
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,20 +37,6 @@ layers:
   "6": {slots: 512, sink_tokens: 4, recent_tokens: 16, evictor: tova}
   "7": {shares: 5}
 """
-
-# Where neither the schema nor a docstring says what a field means.
-MEANINGS = {
-    "model.name": "The model's folder or hub id: what `kvplan run` loads when it is given no `--model`.",
-    "model.layers": "Decoder layers.",
-    "model.kv_heads": "KV heads per layer; a list of those that occur where layers differ.",
-    "model.head_dim": "Channels of a key; a list of those that occur where layers differ.",
-    "target.share": "Share of the full cache.",
-    "target.bytes": "Bytes, at `context_tokens` and `batch`.",
-    "target.context_tokens": "Prompt tokens of a row that the bytes hold for.",
-    "target.batch": "Rows that the bytes hold for.",
-    "top.model": "The model that the policy is for.",
-    "top.target": "What the plan was made for; absent in a policy written by hand.",
-}
 
 
 def docstring_args(cls: type) -> dict[str, str]:
@@ -132,7 +119,6 @@ def fields(block: Mapping[str, Any], where: str, sources: tuple[type, ...], sche
         # A sharper text than the one-line description stands in the docstring of a layer's fields.
         if where == "layers":
             told = meanings.get(name, told)
-        told = MEANINGS.get(f"{where}.{name}", told)
         if told is None:
             raise SystemExit(f"docs/generate.py: {where}.{name} is described nowhere; give it a description")
         value = "a name, or one name with its parameters" if name == "evictor" else kind(node, schema["$defs"])
@@ -174,6 +160,13 @@ def storage(cls: type[Evictor]) -> str:
     return f"position and score, {per} bytes per slot {heads}"
 
 
+def type_of(cls: type, name: str) -> str:
+    """A parameter's type, for people; the values of a `Literal`."""
+    hint = typing.get_type_hints(cls)[name]
+    choices = typing.get_args(hint)
+    return ", ".join(f"`{value}`" for value in choices) if choices else hint.__name__
+
+
 def evictor_section(name: str) -> Iterator[str]:
     cls = evictors[name]
     yield f"### `{name}`\n"
@@ -196,7 +189,7 @@ def evictor_section(name: str) -> Iterator[str]:
             told = ", ".join(f"`{value}`" for value in span.values)
         else:
             told = "" if span is None else f"{span.low} to {span.high}"
-        rows.append((f"`{f.name}`", str(f.type), f"`{f.default}`", told, meanings.get(f.name, "")))
+        rows.append((f"`{f.name}`", type_of(cls, f.name), f"`{f.default}`", told, meanings.get(f.name, "")))
     yield "\n" + table(*rows) + "\n"
 
 
@@ -217,7 +210,8 @@ def policy_page() -> str:
         "## `model`",
         definitions["ModelBlock"]["description"]
         + " Bytes can be planned from the file alone when `layers`, `kv_heads`, `head_dim` and `dtype` are numbers, "
-        "not lists; every layer then counts as full attention.",
+        "not lists. `window` and `window_layers` stand together, in models with sliding windows of their own; without "
+        "them every layer counts as full attention.",
         fields(definitions["ModelBlock"], "model", (ModelSpec,), schema),
         "## `target`",
         definitions["TargetBlock"]["description"]

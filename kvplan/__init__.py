@@ -1,8 +1,8 @@
 """Plan, search and run a KV-cache policy under a memory target.
 
-    from kvplan import attach, load_policy
-
-    with attach(model, load_policy("policy.yaml")) as cache: ...
+    policy = kvplan.load_policy("policy.yaml")
+    with kvplan.attach(model, policy) as runtime:
+        model.generate(**inputs, past_key_values=runtime.new_cache())
 
 The names below are imported on first use: `import kvplan` loads neither torch nor transformers.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,13 +63,18 @@ class ModelSpec:
         """The `model:` block of a policy file."""
         heads = sorted({layer.kv_heads for layer in self.layers})
         dims = sorted({layer.key_dim for layer in self.layers})
-        block = {
+        block: dict[str, Any] = {
             "type": self.model_type,
             "layers": self.num_layers,
             "kv_heads": heads[0] if len(heads) == 1 else heads,
             "head_dim": dims[0] if len(dims) == 1 else dims,
             "dtype": self.dtype,
         }
+        windows = {i: layer.window for i, layer in enumerate(self.layers) if layer.window is not None}
+        if windows:
+            lengths = sorted(set(windows.values()))
+            block["window"] = lengths[0] if len(lengths) == 1 else lengths
+            block["window_layers"] = layer_ranges(list(windows))
         return block if self.fingerprint is None else {**block, "fingerprint": self.fingerprint}
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +122,24 @@ class ModelSpec:
             model_type=config.model_type,
             fingerprint=fingerprint,
         )
+
+
+def layer_ranges(indices: Sequence[int]) -> str:
+    """[4, 6, 7] -> '4,6-7'."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def layers_in(ranges: str) -> Iterator[range]:
+    """'4,6-7' -> range(4, 5), range(6, 8); a part that runs backwards is empty."""
+    for part in ranges.split(","):
+        low, high = ([int(n) for n in part.split("-")] * 2)[:2]
+        yield range(low, high + 1)
 
 
 def model_fingerprint(model: Any) -> str:

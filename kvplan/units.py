@@ -10,6 +10,11 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 BASIS_POINTS = 10_000
 
 
+def is_size(text: str) -> bool:
+    """Whether `text` is meant as a size, well written or not: a number with letters after it, or a unit alone."""
+    return re.fullmatch(r"\s*[\d.,]+\s*[A-Za-z]+\s*", text) is not None or text.strip().upper() in _UNITS
+
+
 def parse_bytes(text: str) -> int:
     """'512MiB' -> 536870912.
 

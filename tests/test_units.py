@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplan.errors import TargetError
-from kvplan.units import BASIS_POINTS, format_bytes, format_share, parse_bytes, parse_share
+from kvplan.units import BASIS_POINTS, format_bytes, format_share, is_size, parse_bytes, parse_share
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,11 @@ def test_a_bad_share_says_how_to_write_one(text: str) -> None:
 @given(st.integers(1, BASIS_POINTS))
 def test_a_share_survives_writing_and_reading(share: int) -> None:
     assert parse_share(format_share(share)) == share
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512M", True), ("1.5 gib", True), ("3XB", True), ("MiB", True), ("40%", False), ("0.4", False), ("much", False)],
+)
+def test_a_number_with_letters_is_meant_as_a_size(text: str, size: bool) -> None:
+    assert is_size(text) == size

@@ -299,14 +299,14 @@ def to_example(record: Record, tokenizer: Any, limits: _Limits | None = None) ->
         DataError: the record is longer than the context, or the chat template cannot render it.
     """
     limits = limits or _Limits(None, None, 64)
-    prompt, pieces = _segments(record, tokenizer)
-    prompt_ids = _cut(_encode_prompt(tokenizer, prompt, rendered=_is_chat(record, tokenizer)), limits.max_tokens)
+    prompt, pieces = segments(record, tokenizer)
+    prompt_ids = _cut(encode_prompt(tokenizer, prompt, rendered=_is_chat(record, tokenizer)), limits.max_tokens)
     text = prompt
     continuation: list[int] = []
     answers: list[Span] = []
     for piece, is_answer in pieces:
         start = len(continuation)
-        continuation += _encode(tokenizer, piece)
+        continuation += encode(tokenizer, piece)
         if is_answer:
             answers.append((start, len(continuation)))
     _check_length(record.where, len(prompt_ids) + len(continuation), limits)
@@ -329,7 +329,7 @@ def _is_chat(record: Record, tokenizer: Any) -> bool:
     return bool(record.messages) and bool(getattr(tokenizer, "chat_template", None))
 
 
-def _segments(record: Record, tokenizer: Any) -> tuple[str, list[tuple[str, bool]]]:
+def segments(record: Record, tokenizer: Any) -> tuple[str, list[tuple[str, bool]]]:
     """The prompt's text, and the continuation as (text, is it an answer) pieces."""
     if record.prompt is not None:
         return record.prompt, [] if record.answer is None else [(_spaced(record.answer), True)]
@@ -356,14 +356,14 @@ def _render(record: Record, tokenizer: Any) -> tuple[str, list[tuple[str, bool]]
     Neighbours of one role become one turn, since many templates insist on taking turns.
     """
     first = _num_prompt_messages(record)
-    turns = _merge_roles(record.messages)
-    whole = _apply_template(record, tokenizer, turns, generate=False)
+    turns = merge_roles(record.messages)
+    whole = apply_template(record, tokenizer, turns, generate=False)
     end = _find(record, whole, record.messages[first - 1].content, 0)
     prompt, cursor, pieces = whole[:end], end, []
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        asked = _apply_template(record, tokenizer, turns[:i], generate=True)
+        asked = apply_template(record, tokenizer, turns[:i], generate=True)
         before = max(cursor, _num_common(whole, asked))
         end = _find(record, whole, turn["content"], before)
         start = end - len(turn["content"].strip())
@@ -377,12 +377,12 @@ def _num_common(a: str, b: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _merge_roles(messages: Sequence[Message]) -> list[dict[str, str]]:
+def merge_roles(messages: Sequence[Message]) -> list[dict[str, str]]:
     groups = itertools.groupby(messages, key=lambda m: m.role)
     return [{"role": role, "content": "\n\n".join(m.content for m in group)} for role, group in groups]
 
 
-def _apply_template(record: Record, tokenizer: Any, turns: list[dict[str, str]], *, generate: bool) -> str:
+def apply_template(record: Record, tokenizer: Any, turns: list[dict[str, str]], *, generate: bool) -> str:
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # A template is a program of its author's and may raise anything.
@@ -401,14 +401,14 @@ def _find(record: Record, whole: str, content: str, start: int) -> int:
     return place + len(content.strip())
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _encode_prompt(tokenizer: Any, text: str, *, rendered: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, text: str, *, rendered: bool) -> list[int]:
     """With the tokenizer's first special tokens, unless a chat template has written them."""
     if rendered:
-        return _encode(tokenizer, text)
+        return encode(tokenizer, text)
     ids = list(tokenizer(text, verbose=False).input_ids)
     # Some tokenizers end every text; a prompt goes on.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
@@ -439,8 +439,8 @@ def _halve(ids: list[int], continuation_tokens: int, where: str) -> tuple[list[i
 
 def _windows(source: str, text: str, tokenizer: Any, limits: _Limits, *, keep_short: bool) -> Iterator[Example]:
     """Consecutive windows of a text; one shorter than `MIN_WINDOW_TOKENS` only if alone and `keep_short`."""
-    ids = _encode(tokenizer, text)
-    start_ids = _encode_prompt(tokenizer, "a", rendered=False)[: -len(_encode(tokenizer, "a")) or None]
+    ids = encode(tokenizer, text)
+    start_ids = encode_prompt(tokenizer, "a", rendered=False)[: -len(encode(tokenizer, "a")) or None]
     size = max(limits.window - len(start_ids), 1)
     for number, start in enumerate(range(0, len(ids), size)):
         window = ids[start : start + size]

@@ -9,11 +9,11 @@ from typing import Any
 from kvplan.calibrate.prompts import (
     Message,
     Record,
-    _apply_template,
-    _encode,
-    _encode_prompt,
-    _merge_roles,
-    _segments,
+    apply_template,
+    encode,
+    encode_prompt,
+    merge_roles,
+    segments,
 )
 from kvplan.errors import DataError
 
@@ -29,13 +29,13 @@ def request_ids(record: Record, tokenizer: Any) -> list[int]:
     """
     if getattr(tokenizer, "chat_template", None):
         messages = _asked(record.messages) or [Message("user", record.prompt or "")]
-        text = _apply_template(record, tokenizer, _merge_roles(messages), generate=True)
-        ids = _encode_prompt(tokenizer, text, rendered=True)
+        text = apply_template(record, tokenizer, merge_roles(messages), generate=True)
+        ids = encode_prompt(tokenizer, text, rendered=True)
     else:
-        prompt, pieces = _segments(record, tokenizer)
-        ids = _encode_prompt(tokenizer, prompt, rendered=False)
+        prompt, pieces = segments(record, tokenizer)
+        ids = encode_prompt(tokenizer, prompt, rendered=False)
         for piece, _ in takewhile(lambda piece: not piece[1], pieces):
-            ids += _encode(tokenizer, piece)
+            ids += encode(tokenizer, piece)
     if not ids:
         raise DataError(f"{record.where}: the prompt has no token")
     return ids

@@ -1,4 +1,4 @@
-"""Policies side by side with the full cache, on the same prompts and, for the baselines, at the same bytes."""
+"""Policies side by side with the full cache, on the same prompts and, for the recipes, at the same bytes."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Scorer:
         model: The model, in eval mode.
         spec: Its shape.
         examples: The prompts.
-        batch_size: Prompts that are run together.
+        batch_tokens: Most prompt tokens that are run together, padding included; a longer prompt runs alone.
         keep: Keep captured prompts for the next policy. Turn off to score one policy on many prompts.
     """
 
@@ -59,7 +59,7 @@ class Scorer:
         spec: ModelSpec,
         examples: Sequence[Example],
         *,
-        batch_size: int = 8,
+        batch_tokens: int = 16384,
         keep: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -68,9 +68,7 @@ class Scorer:
             raise DataError(f"prompt '{empty.id}' has nothing to score: no answer, and too short to cut a continuation")
         self.model, self.spec, self.examples = model, spec, list(examples)
         self._full = Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers)
-        # Prompts of similar length share a batch, whatever order they are asked for in.
-        by_length = sorted(range(len(self.examples)), key=lambda i: len(self.examples[i].prompt_ids))
-        self._groups = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+        self._groups = _groups([len(e.prompt_ids) for e in self.examples], batch_tokens)
         self._batches: dict[tuple[int, ...], _Batch] = {}
         self._keep, self._progress = keep, progress
 
@@ -153,6 +151,18 @@ class Scorer:
                 nll[row, :n].double().mean().item(),
             )
         return rows, held, full
+
+
+def _groups(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of prompts of similar length that share a batch, whatever order they are asked for in."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Sorted by length, so this prompt is the longest of its batch so far.
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def pad(sequences: Sequence[Sequence[int]], *, left: bool, device: Any = "cpu") -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A folder or a hub id; without it, the bundled model.", show_default=False
+            metavar="MODEL", help="A folder or a hub id; without it, the bundled model.", show_default=False
         ),
     ] = None,
     data: Annotated[

@@ -22,7 +22,8 @@ from kvplan.policy.schema import FULL, LayerPolicy, Policy, Target
 from kvplan.policy.serialize import load_policy
 from kvplan.report.comparison import markdown, table
 from kvplan.search.allocators import allocators
-from kvplan.search.budget import Budget, Protection
+from kvplan.search.budget import Protection
+from kvplan.search.compile import budget_for
 from kvplan.search.project import project
 from kvplan.units import BASIS_POINTS, parse_share
 
@@ -38,10 +39,10 @@ def kvplan(*args: str) -> None:
         sys.exit(done.returncode)
 
 
-def baseline(profile: Profile, share: int, allocator: str, evictor_name: str) -> Policy:
+def recipe(profile: Profile, share: int, allocator: str, evictor_name: str) -> Policy:
     """One evictor everywhere, the slots split by an allocator, at the target's bytes (side arrays included)."""
     spec, evictor, protection = profile.spec, evictors[evictor_name](), Protection()
-    budget = Budget(spec=spec, target=Target(share=share), context_tokens=1024, protection=protection)
+    budget = budget_for(profile, spec, Target(share=share), protection)
     layers = budget.layers
     raw = allocators[allocator]().split([profile.importance[i] for i in layers], share / BASIS_POINTS)
     units = project(
@@ -59,19 +60,19 @@ def baseline(profile: Profile, share: int, allocator: str, evictor_name: str) ->
 
 
 def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int = HELDOUT_PROMPTS) -> list[Row]:
-    """Full cache, the policy, and every baseline at the same bytes, on prompts that no step has seen."""
+    """Full cache, the policy, and every recipe at the same bytes, on prompts that no step has seen."""
     model, tokenizer, spec = load_model(None)
     examples = load_examples(
         [calib_data_path("heldout")], tokenizer, max_prompts=max_prompts, context_limit=spec.max_context_tokens
     )
     policies = {"full cache": Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers), "kvplan": policy}
-    policies |= {f"uniform {name}": baseline(profile, share, "uniform", name) for name in evictors}
+    policies |= {f"uniform {name}": recipe(profile, share, "uniform", name) for name in evictors}
     scorer = Scorer(model, spec, examples)
     with progress("held-out prompts", len(policies) + 2 * len(evictors.names())) as advance:
         rows = compare(scorer, policies, "kvplan", progress=lambda name: advance(1, note=name))
         # The layer splits get every evictor too, and the table shows each at its best.
         for allocator, label in (("squeeze", "SqueezeAttention"), ("pyramid", "PyramidKV")):
-            tried = {f"{label} {name}": baseline(profile, share, allocator, name) for name in evictors}
+            tried = {f"{label} {name}": recipe(profile, share, allocator, name) for name in evictors}
             found = compare(scorer, {"kvplan": policy, **tried}, "kvplan", progress=lambda name: advance(1, note=name))
             rows.append(min(found[1:], key=lambda row: row.scores.mean_kl))
     return rows

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -29,21 +30,47 @@ TERMINATED_EXIT = 143
 _GLOBAL_FLAGS = ("--debug", "-q", "--quiet")
 
 
-def hoist(argv: Sequence[str]) -> list[str]:
-    """Move the global flags in front of the command: 'search --debug' -> '--debug search'. Stops at '--'."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    options = list(argv[:end])
-    flags = [a for a in options if a in _GLOBAL_FLAGS]
-    return [*flags, *(a for a in options if a not in _GLOBAL_FLAGS), *argv[end:]]
+def hoist(argv: Sequence[str], command: Any) -> list[str]:
+    """Move the global flags in front of the command: 'search --debug' -> '--debug search'.
+
+    What stands as an option's value or after '--' is not a flag, and stays.
+
+    Args:
+        argv: The arguments.
+        command: The click command that will parse them; tells which options take values.
+    """
+    flags: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            others += [word, *words]
+        elif word in _GLOBAL_FLAGS:
+            flags.append(word)
+        else:
+            others.append(word)
+            if word.startswith("-"):
+                others += itertools.islice(words, _num_values(command, word))
+            else:
+                command = getattr(command, "commands", {}).get(word, command)
+    return [*flags, *others]
+
+
+def _num_values(command: Any, option: str) -> int:
+    """How many of the arguments after `option` belong to it."""
+    match = next((p for p in command.params if option in (*p.opts, *p.secondary_opts)), None)
+    return 0 if match is None or getattr(match, "is_flag", False) or match.count else match.nargs
 
 
 def wants_debug(argv: Sequence[str]) -> bool:
-    return "--debug" in argv or os.environ.get("KVPLAN_DEBUG", "") not in ("", "0")
+    """Whether tracebacks are wanted; `argv` as `hoist` returns it."""
+    flags = itertools.takewhile(lambda word: word in _GLOBAL_FLAGS, argv)
+    return "--debug" in flags or os.environ.get("KVPLAN_DEBUG", "") not in ("", "0")
 
 
 def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
     """Run the app and return the exit code; every failure has been reported on stderr."""
-    argv = hoist(argv)
+    argv = hoist(argv, typer.main.get_command(app))
     terminated = False
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:

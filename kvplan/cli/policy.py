@@ -53,7 +53,7 @@ def show(file: File, context: Context = 1024) -> None:
 
 
 @app.command()
-def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files.")]) -> None:
+def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Policy files.")]) -> None:
     """Check policy files; every problem in every file is reported."""
     from kvplan.errors import KVPlanError, PolicyError
     from kvplan.policy.serialize import load_policy

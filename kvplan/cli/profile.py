@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Show profiles and merge those of s
 @app.command()
 def merge(
     profiles: Annotated[
-        list[Path], typer.Argument(metavar="A B...", help="Profiles of one model on different prompts.")
+        list[Path], typer.Argument(metavar="PROFILE", help="Profiles of one model on different prompts.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write the merged profile.")],
 ) -> None:

@@ -16,7 +16,7 @@ def command(
     profile: Annotated[Path, typer.Option(help="What kvplan calibrate wrote.")] = Path("profile.json"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the policy.")] = Path("policy.yaml"),
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per row, for a target in bytes.", show_default=False)
+        int | None, typer.Option(min=1, help="Prompt tokens per row, for a target in bytes.", show_default=False)
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows, for a target in bytes.", show_default="1 row")] = None,
     model: Annotated[
@@ -27,11 +27,16 @@ def command(
         typer.Option(help="Prompts to search on; may be repeated. Without it, the bundled ones.", show_default=False),
     ] = None,
     max_prompts: Annotated[int | None, typer.Option(min=3, help="Most prompts.", show_default="all")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a prompt.", show_default="the context")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The column with text, in a dataset.", show_default="text")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a dataset.", show_default=False)] = None,
     trials: Annotated[int, typer.Option(min=0, help="Trials in all. 0: what the profile alone suggests.")] = 60,
     timeout: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampler, and of the rows of a dataset.")] = 0,
     storage: Annotated[
         Path | None,
         typer.Option(help="The search's own file; a killed search goes on from it.", show_default="beside the policy"),
@@ -91,7 +96,10 @@ def command(
         data or [calib_data_path("search")],
         tokenizer,
         max_prompts=max_prompts,
+        max_tokens=max_tokens,
         context_limit=spec.max_context_tokens,
+        column=column,
+        split=split,
         seed=seed,
     )
     examples = [example for example in examples if example.continuation_ids]
@@ -125,7 +133,7 @@ def command(
                 on_trial=on_trial,
                 evictors=evictors,
                 protection=protection,
-                identity={"data": fingerprint},
+                identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
                 provenance={
                     "kvplan": __version__,
                     "profile": measured.data_fingerprint,
@@ -156,14 +164,14 @@ def parse_target(mem: str, context: int | None, batch: int | None) -> Target:
     """
     from kvplan.errors import TargetError
     from kvplan.policy.schema import Target
-    from kvplan.units import parse_bytes, parse_share
+    from kvplan.units import is_size, parse_bytes, parse_share
 
-    if not mem.strip().upper().endswith("B"):
+    if not is_size(mem):
         share = parse_share(mem)
         if context is not None or batch is not None:
             raise TargetError(f"--mem {mem} holds for any context and batch; leave out --context and --batch")
         return Target(share=share)
     size = parse_bytes(mem)
     if context is None:
-        raise TargetError(f"--mem {mem} is a size; say with --context for how many tokens per row (and --batch)")
+        raise TargetError(f"--mem {mem} is a size; say with --context for how many prompt tokens per row (and --batch)")
     return Target(bytes=size, context_tokens=context, batch=batch or 1)

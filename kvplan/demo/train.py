@@ -129,7 +129,7 @@ class Trainer:
         rng = Random(f"{self.args.seed}/length/{self.step}")
         # Once recall works, shorter documents teach the same at less cost; the longest keep it working at length.
         shorter = self.stage > 0 and rng.random() < (0.6 if self.stage == len(LENGTHS) - 1 else 0.25)
-        return LENGTHS[rng.randrange(max(self.stage - 3, 0), self.stage) if shorter else self.stage]
+        return LENGTHS[rng.randrange(max(self.stage - 4, 0), self.stage) if shorter else self.stage]
 
     def train_step(self) -> None:
         args, length = self.args, self.pick_length()

@@ -21,6 +21,7 @@ from pydantic import (
 
 from kvplan.errors import MethodError, TargetError
 from kvplan.methods.evictors import Evictor, evictors
+from kvplan.model_spec import layers_in
 from kvplan.policy.schema import FORMAT_VERSION, FULL, LayerPolicy, Slots, Target
 from kvplan.registry import unknown
 from kvplan.units import BASIS_POINTS, parse_bytes
@@ -102,6 +103,13 @@ def _one_or_each(value: Any) -> Any:
     return value
 
 
+def _layers(value: Any) -> Any:
+    named = isinstance(value, (int, str)) and not isinstance(value, bool)
+    if not named or not re.fullmatch(LAYER_RANGES, str(value), re.ASCII):
+        raise ValueError(f"must name layers, like 5, 0-3 or '4,6-7', not {value!r}")
+    return value
+
+
 @functools.cache
 def parameters(evictor: type[Evictor]) -> type[BaseModel]:
     """A strict model of an evictor's parameters, from its dataclass fields."""
@@ -146,6 +154,7 @@ def _one_or_each_schema() -> dict[str, Any]:
 
 
 _Each = Annotated[Any, PlainValidator(_one_or_each), WithJsonSchema(_one_or_each_schema())]
+_LAYERS_SCHEMA = {"type": ["string", "integer"], "pattern": f"^{LAYER_RANGES}$", "minimum": 0}
 _Percent = {"type": "string", "pattern": f"^{PERCENT}$"}
 
 
@@ -154,24 +163,55 @@ class ModelBlock(BaseModel):
 
     model_config = _STRICT
     type: str = Field(default="", description="The config's model_type.")
-    name: str = ""
-    layers: _integer(1, MAX_LAYERS)  # type: ignore[valid-type]
-    kv_heads: _Each
-    head_dim: _Each
-    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    name: str = Field(
+        default="", description="The model's folder or hub id: what `kvplan run` loads when it is given no `--model`."
+    )
+    layers: _integer(1, MAX_LAYERS) = Field(description="Decoder layers.")  # type: ignore[valid-type]
+    kv_heads: _Each = Field(description="KV heads per layer; a list of those that occur where layers differ.")
+    head_dim: _Each = Field(description="Channels of a key; a list of those that occur where layers differ.")
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = Field(description="What keys and values are held in.")
+    window: _Each = Field(
+        default=None,
+        description="The model's own sliding window in tokens; a list of those that occur where layers differ.",
+    )
+    window_layers: Annotated[Any, PlainValidator(_layers), WithJsonSchema(_LAYERS_SCHEMA)] = Field(
+        default=None, description="The layers with that window, as in '0,2-3'; all others attend to everything."
+    )
     fingerprint: str = Field(default="", description="Hash of config and weights.")
+
+    @model_validator(mode="after")
+    def _window_and_its_layers(self) -> ModelBlock:
+        if len(self.model_fields_set & {"window", "window_layers"}) == 1:
+            raise ValueError("window and window_layers go together; give both or neither")
+        if self.window_layers is None:
+            return self
+        parts = list(layers_in(str(self.window_layers)))
+        told = None
+        if (last := max(part.stop for part in parts) - 1) >= self.layers:
+            told = f"layer {last} is out of range; the last layer is {self.layers - 1}"
+        elif not all(parts):
+            told = f"'{self.window_layers}' runs backwards"
+        elif sum(map(len, parts)) > len(set().union(*parts)):
+            told = f"'{self.window_layers}' names a layer twice"
+        if told:
+            raise Problems([(("window_layers",), told, False)])
+        return self
 
 
 class TargetBlock(BaseModel):
     """What the plan was made for: a share of the full cache, or bytes at a context and batch."""
 
     model_config = _STRICT
-    share: Annotated[Any, PlainValidator(_share), WithJsonSchema(_Percent)] = None
-    bytes: Annotated[
-        Any, PlainValidator(_bytes), WithJsonSchema({"type": ["string", "integer"], "description": "512MiB, 1.5GiB"})
-    ] = None
-    context_tokens: _integer(1) = None  # type: ignore[valid-type]
-    batch: _integer(1) = 1  # type: ignore[valid-type]
+    share: Annotated[Any, PlainValidator(_share), WithJsonSchema(_Percent)] = Field(
+        default=None, description="Share of the full cache, like 40%."
+    )
+    bytes: Annotated[Any, PlainValidator(_bytes), WithJsonSchema({"type": ["string", "integer"]})] = Field(
+        default=None, description="Bytes at `context_tokens` and `batch`, like 512MiB or 1.5GiB."
+    )
+    context_tokens: _integer(1) = Field(  # type: ignore[valid-type]
+        default=None, description="Prompt tokens of a row that the bytes hold for."
+    )
+    batch: _integer(1) = Field(default=1, description="Rows that the bytes hold for.")  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TargetBlock:
@@ -220,8 +260,12 @@ class PolicyFile(BaseModel):
 
     model_config = _STRICT
     kvplan: Literal[1] = Field(description="Format version.")
-    model: ModelBlock = Field(default=None)  # type: ignore[assignment]
-    target: TargetBlock = Field(default=None)  # type: ignore[assignment]
+    model: ModelBlock = Field(  # type: ignore[assignment]
+        default=None, description="The model that the policy is for."
+    )
+    target: TargetBlock = Field(  # type: ignore[assignment]
+        default=None, description="What the plan was made for; absent in a policy written by hand."
+    )
     layers: dict[Any, LayerBlock] = Field(
         description="Keys are layers: 5, 0-3 or '4,6-7'.",
         json_schema_extra={"propertyNames": {"pattern": f"^{LAYER_RANGES}$"}, "minProperties": 1},

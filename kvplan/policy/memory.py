@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvplan.errors import PolicyError
 from kvplan.methods.evictors.base import POSITION_BYTES, SCORE_BYTES
 from kvplan.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
-from kvplan.policy.schema import LayerPolicy, Policy
+from kvplan.policy.schema import LayerPolicy, Policy, stated_windows
 from kvplan.units import BASIS_POINTS
 
 MIN_GROWTH_TOKENS = 16
@@ -127,7 +127,8 @@ def floor_binds(layer: LayerPolicy, prompt_tokens: Sequence[int]) -> bool:
 
 
 def stated_spec(policy: Policy) -> ModelSpec:
-    """The model as the policy's `model:` block describes it: full attention in every layer, values as wide as keys.
+    """The model as the policy's `model:` block describes it: values as wide as keys, full attention where it states no
+    window.
 
     Raises:
         PolicyError: there is no block, or it describes layers of different shapes.
@@ -136,12 +137,15 @@ def stated_spec(policy: Policy) -> ModelSpec:
     missing = [name for name in ("layers", "kv_heads", "head_dim", "dtype") if name not in block]
     if missing:
         raise PolicyError(f"the policy's model block lacks {', '.join(missing)}; bytes cannot be planned without them")
-    for name in ("kv_heads", "head_dim"):
-        if not isinstance(block[name], int):
+    for name in ("kv_heads", "head_dim", "window"):
+        if not isinstance(block.get(name, 0), int):
             raise PolicyError(f"model.{name} differs between layers ({block[name]}); plan bytes with the model itself")
     layer = LayerSpec(kv_heads=block["kv_heads"], key_dim=block["head_dim"], value_dim=block["head_dim"])
+    windowed = stated_windows(block)
     return ModelSpec(
-        layers=(layer,) * block["layers"],
+        layers=tuple(
+            replace(layer, window=block["window"]) if i in windowed else layer for i in range(block["layers"])
+        ),
         query_heads=block["kv_heads"],
         dtype=block["dtype"],
         model_type=block.get("type", ""),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from kvplan.errors import PolicyError
-from kvplan.model_spec import ModelSpec
-from kvplan.policy.schema import LayerPolicy, Policy
+from kvplan.model_spec import ModelSpec, layer_ranges
+from kvplan.policy.schema import LayerPolicy, Policy, stated_windows
 
 
 def layer_problems(layers: Mapping[int, LayerPolicy]) -> Iterator[tuple[int, str, str]]:
@@ -87,6 +88,8 @@ def _identity_problems(policy: Policy, spec: ModelSpec) -> Iterator[str]:
     for name in ("layers", "kv_heads", "head_dim"):
         if name in ours and ours[name] != theirs[name]:
             yield f"model.{name}: the policy was made for {ours[name]}, the model has {theirs[name]}; search again"
+    if "window" in ours and _window(ours) != _window(theirs):
+        yield f"model.window: the policy was made for {_window(ours)}, the model has {_window(theirs)}; search again"
     if "dtype" in ours and ours["dtype"] != theirs["dtype"]:
         yield (
             f"model.dtype: the policy was made for {ours['dtype']}, the cache holds {theirs['dtype']}; "
@@ -98,6 +101,11 @@ def _identity_problems(policy: Policy, spec: ModelSpec) -> Iterator[str]:
             f"{spec.fingerprint}); search again on this model, or delete the fingerprint from the policy "
             "to use it anyway"
         )
+
+
+def _window(block: Mapping[str, Any]) -> str:
+    layers = stated_windows(block)
+    return f"a window of {block['window']} tokens in layers {layer_ranges(list(layers))}" if layers else "no window"
 
 
 def _fit_problems(policy: Policy, spec: ModelSpec, index: int) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvplan.methods.evictors import Evictor
 from kvplan.methods.evictors.streaming import Streaming
+from kvplan.model_spec import layers_in
 from kvplan.units import BASIS_POINTS, format_share
 
 FORMAT_VERSION = 1
@@ -95,7 +97,8 @@ class Policy:
 
     Args:
         layers: A `LayerPolicy` per decoder layer.
-        model: The `model:` block: layers, kv_heads, head_dim, dtype and, when known, `name` and `fingerprint`.
+        model: The `model:` block: layers, kv_heads, head_dim, dtype and, when known, `name` and `fingerprint`; `window`
+            and `window_layers` where the model has sliding windows of its own.
         target: What the plan was made for, or None for a hand-written policy.
         provenance: Where it came from; not part of what it does.
     """
@@ -109,3 +112,9 @@ class Policy:
         """The layer whose cache `layer` reads: itself, unless it shares."""
         shares = self.layers[layer].shares
         return layer if shares is None else shares
+
+
+def stated_windows(model: Mapping[str, Any]) -> frozenset[int]:
+    """The layers to which a `model:` block gives a sliding window."""
+    ranges = model.get("window_layers")
+    return frozenset() if ranges is None else frozenset(itertools.chain.from_iterable(layers_in(str(ranges))))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from kvplan.errors import PolicyError
 from kvplan.files import read_text, write_text
 from kvplan.methods.params import settings
+from kvplan.model_spec import layer_ranges
 from kvplan.policy import file_format
 from kvplan.policy.file_format import LAYER_RANGES, MAX_LAYERS, LayerBlock, PolicyFile
 from kvplan.policy.rules import check_model, check_policy, layer_problems
@@ -147,17 +148,6 @@ def _report_gaps(document: Document, owners: Mapping[int, Any], count: int | Non
 
 def _named(indices: list[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {layer_ranges(indices)}"
-
-
-def layer_ranges(indices: list[int]) -> str:
-    """[4, 6, 7] -> '4,6-7'."""
-    runs: list[list[int]] = []
-    for index in sorted(indices):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:

@@ -45,7 +45,12 @@ class Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> Any:
     surprising = any(re.fullmatch(pattern, text) for pattern, _ in _SCALARS.values())
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if surprising else None)
+    style = "'" if surprising else None
+    if not text.isprintable():
+        style = (
+            '"'  # Only between double quotes can a line break other than \n be escaped; elsewhere it folds to a space.
+        )
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 for _name, (_pattern, _first) in _SCALARS.items():

@@ -9,10 +9,9 @@ from rich.text import Text
 
 from kvplan.errors import PolicyError
 from kvplan.methods.params import settings
-from kvplan.model_spec import LayerSpec
+from kvplan.model_spec import LayerSpec, layer_ranges
 from kvplan.policy.memory import BytesPlan, LayerBytes, allocated_slots, floor_binds
 from kvplan.policy.schema import LayerPolicy, Policy
-from kvplan.policy.serialize import layer_ranges
 from kvplan.units import format_bytes, format_share
 
 WIDTH = 80

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvplan.model_spec import layer_ranges
 from kvplan.policy.schema import Policy
-from kvplan.policy.serialize import layer_ranges
 from kvplan.runtime.generation import Generated, first_difference
 from kvplan.units import format_bytes
 

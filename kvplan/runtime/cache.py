@@ -82,7 +82,9 @@ class PolicyCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Leave the new keys for the attention call that follows, which knows its layer by the key tensor itself."""
         if not self.attached.active:
-            raise RuntimeLimitError("this cache's policy is no longer attached to a model; use it inside its `with` block")
+            raise RuntimeLimitError(
+                "this cache's policy is no longer attached to a model; use it inside its `with` block"
+            )
         HANDOFF.pending = (key_states, self, layer_idx)
         return key_states, value_states
 

@@ -75,8 +75,8 @@ def test_sharing_is_run_honestly() -> None:
 def test_scores_do_not_depend_on_batching_or_on_what_else_is_asked() -> None:
     made = model("llama", torch.float64)
     items = examples((40, 23, 31, 12, 36))
-    whole = Scorer(made, spec_of(made), items, batch_size=4).score(policy("h2o"))
-    single = Scorer(made, spec_of(made), items, batch_size=1, keep=False).score(policy("h2o"), [3, 0])
+    whole = Scorer(made, spec_of(made), items, batch_tokens=120).score(policy("h2o"))
+    single = Scorer(made, spec_of(made), items, batch_tokens=1, keep=False).score(policy("h2o"), [3, 0])
     assert single.kl == pytest.approx((whole.kl[3], whole.kl[0]), abs=1e-6)
     assert single.task == (whole.task[3], whole.task[0])
 

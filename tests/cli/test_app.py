@@ -12,6 +12,7 @@ import typer
 
 from kvplan import __version__
 from kvplan.cli import console
+from kvplan.cli.app import app as kvplan_app
 from kvplan.cli.exits import hoist, run_app
 from kvplan.errors import MemoryPlanExceeded, PolicyError, TargetError
 
@@ -95,8 +96,34 @@ def test_debug_can_come_from_the_environment(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_hoisting_stops_at_a_double_dash() -> None:
-    assert hoist(["run", "-q", "--", "--debug"]) == ["-q", "run", "--", "--debug"]
+@pytest.mark.parametrize(
+    ("argv", "hoisted"),
+    [
+        ("run -q -- --debug", "-q run -- --debug"),
+        ("run --policy p -- -q", "run --policy p -- -q"),
+        ("search --debug --mem 40% -q", "--debug -q search --mem 40%"),
+        ("search -o -q --mem --debug", "search -o -q --mem --debug"),
+        ("search --output=x -q", "-q search --output=x"),
+        ("search --json -q", "-q search --json"),
+        ("calibrate --no-sensitivity --debug", "--debug calibrate --no-sensitivity"),
+        ("profile merge a b -o -- -q", "-q profile merge a b -o --"),
+        ("policy bytes a.yaml --context 9 --quiet", "--quiet policy bytes a.yaml --context 9"),
+        ("nope --what -q", "-q nope --what"),
+    ],
+)
+def test_only_flags_are_hoisted(argv: str, hoisted: str) -> None:
+    assert hoist(argv.split(), typer.main.get_command(kvplan_app)) == hoisted.split()
+
+
+def test_debug_after_a_double_dash_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def go(text: str) -> None:
+        raise RuntimeError(text)
+
+    assert run_app(app, ["--", "--debug"]) == 70
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_quiet_keeps_errors_and_drops_talk(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_show_draws_every_layer_without_colour(policy_file):
 
 
 def test_validate_prints_ok_and_reports_every_bad_file(policy_file, tmp_path):
-    assert run("validate", policy_file) == f"{policy_file}: ok\n"
+    assert CliRunner().invoke(app, ["validate", str(policy_file)]).stdout == f"{policy_file}: ok\n"
     bad = tmp_path / "bad.yaml"
     bad.write_text("kvplan: 1\nlayers: {0: {slots: 0}}\n")
     result = CliRunner().invoke(app, ["validate", str(bad), str(tmp_path / "none.yaml"), str(policy_file)])
@@ -110,3 +110,20 @@ def test_schema_prints_the_schema():
 def test_the_command_module_imports_nothing_heavy():
     code = "import sys, kvplan.cli.policy; sys.exit(bool({'torch', 'yaml', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_stated_window_bounds_the_bytes(policy_file, tmp_path):
+    path = tmp_path / "w.yaml"
+    save_policy(Policy(layers=(LayerPolicy(),) * 4, model={**MODEL, "window": 100, "window_layers": "0,2-3"}), path)
+    data = json.loads(run("bytes", path, "--context", 1000, "--json"))
+    assert [row["slots"] for row in data["layers"]] == [100, 1000, 100, 100]
+    assert data["total"] == data["full"] == 1300 * 256
+
+
+def test_the_schema_describes_every_field():
+    schema = json_schema()
+    blocks = [schema, *(schema["$defs"][name] for name in ("ModelBlock", "TargetBlock", "LayerBlock"))]
+    fields = {name: field for block in blocks for name, field in block["properties"].items()}
+    assert [name for name, field in fields.items() if not field.get("description")] == []
+    pooling = fields["evictor"]["anyOf"][1]["properties"]["snapkv"]["properties"]["pooling"]
+    assert pooling == {"default": "avg", "enum": ["avg", "max"], "type": "string"}

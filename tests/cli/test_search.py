@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
 from search_fakes import FakeProfile, FakeScore
 
+import kvplan
 from kvplan.cli.exits import run_app
 from kvplan.cli.search import parse_target
 from kvplan.errors import TargetError
+from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import Target
 from kvplan.policy.serialize import load_policy
 from kvplan.units import parse_bytes
@@ -41,8 +45,10 @@ def test_targets(mem: str, context: int | None, batch: int | None, target: Targe
     [
         ("much", None, "'much' is not a share; write for example 40% or 0.4"),
         ("0%", None, "'0%' is not a share above 0% and at most 100%"),
+        ("512M", None, "'512M' is not a size; write for example 512MiB or 1.5GiB"),
+        ("2 G", 4096, "'2 G' is not a size; write for example 512MiB or 1.5GiB"),
         ("3XB", None, "'3XB' is not a size; write for example 512MiB or 1.5GiB"),
-        ("512MiB", None, "--mem 512MiB is a size; say with --context for how many tokens per row (and --batch)"),
+        ("512MiB", None, "--mem 512MiB is a size; say with --context for how many prompt tokens per row (and --batch)"),
         ("40%", 4096, "--mem 40% holds for any context and batch; leave out --context and --batch"),
     ],
 )
@@ -67,7 +73,11 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
     monkeypatch.setattr(kvplan.calibrate.profile.Profile, "load", classmethod(lambda cls, path: profile))
     monkeypatch.setattr(kvplan.calibrate.prompts, "load_examples", lambda *args, **options: EXAMPLES)
     monkeypatch.setattr(kvplan.calibrate.prompts, "data_fingerprint", lambda examples: "sha256:search")
-    monkeypatch.setattr(kvplan.loading, "load_model", lambda model, **options: (None, None, profile.spec))
+
+    def load_model(model: str | None, *, dtype: str, **options: object) -> tuple[None, None, ModelSpec]:
+        return None, None, profile.spec if dtype == "auto" else replace(profile.spec, dtype=dtype)
+
+    monkeypatch.setattr(kvplan.loading, "load_model", load_model)
     monkeypatch.chdir(tmp_path)
     return score
 
@@ -115,3 +125,53 @@ def test_an_interrupted_search_leaves_its_best_and_resumes(faked: FakeScore, tmp
 def test_what_cannot_be_fails_before_any_score(faked: FakeScore, argv: tuple[str, ...]) -> None:
     assert kvplan_search(*argv) == 2
     assert not faked.calls
+
+
+@pytest.mark.parametrize("what", ["dtype", "kvplan"])
+def test_a_search_of_another_dtype_or_version_is_not_resumed(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "3") == 0
+    if what == "kvplan":
+        monkeypatch.setattr(kvplan, "__version__", "9.9")
+    capsys.readouterr()
+    assert kvplan_search("--mem", "40%", "--trials", "3", *(("--dtype", "float64") if what == "dtype" else ())) == 2
+    assert f"policy.40pct.journal: holds a search with another {what};" in capsys.readouterr().err
+
+
+def test_prompts_are_cut_and_chosen_as_told(faked: FakeScore, monkeypatch: pytest.MonkeyPatch) -> None:
+    import kvplan.calibrate.prompts
+
+    told: dict[str, object] = {}
+
+    def load_examples(*args: object, **options: object) -> list[SimpleNamespace]:
+        told.update(options)
+        return EXAMPLES
+
+    monkeypatch.setattr(kvplan.calibrate.prompts, "load_examples", load_examples)
+    argv = ("--max-tokens", "50", "--column", "body", "--split", "test")
+    assert kvplan_search("--mem", "40%", "--trials", "1", *argv) == 0
+    assert (told["max_tokens"], told["column"], told["split"]) == (50, "body", "test")
+
+
+def options_of(name: str) -> set[str]:
+    import typer
+
+    from kvplan.cli.app import app
+
+    command: Any = typer.main.get_command(app)
+    return {option for param in command.commands[name].params for option in param.opts}
+
+
+@pytest.mark.parametrize(
+    ("command", "sources"),
+    [
+        ("calibrate", ["calibrate/prompts.py", "calibrate/collect.py", "loading.py"]),
+        ("search", ["calibrate/prompts.py", "loading.py", "search/budget.py", "search/journal.py"]),
+        ("run", ["cli/run.py", "calibrate/requests.py", "loading.py", "policy/rules.py"]),
+    ],
+)
+def test_a_command_has_the_options_that_its_errors_suggest(command: str, sources: list[str]) -> None:
+    package = Path(kvplan.__file__).parent
+    hinted = {hint for source in sources for hint in re.findall(r"--[a-z][a-z-]+", (package / source).read_text())}
+    assert hinted <= options_of(command)

@@ -85,7 +85,7 @@ def test_the_context_says_what_is_asked_and_never_asks(task):
 def test_statements_are_spread_over_the_context():
     record = make_record("prompts-1", Words("heldout"), "facts", 1024)
     context = record["messages"][0]["content"]
-    places = [m.start() / len(context) for m in re.finditer(r"The code of", context)]
+    places = [m.start() / len(context) for m in re.finditer(r"Code of", context)]
     assert len(places) == 10
     assert min(places) < 0.3 and max(places) > 0.7
 

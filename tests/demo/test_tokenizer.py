@@ -62,7 +62,7 @@ def test_special_tokens(tokenizer):
 
 def test_it_survives_saving(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    loaded, text = AutoTokenizer.from_pretrained(tmp_path), "The code of Ala is 0471. Let ka be 9912."
+    loaded, text = AutoTokenizer.from_pretrained(tmp_path), "Code of Ala 0471. Here ka 9912."
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.decode(loaded.encode(text), skip_special_tokens=True) == text
     assert loaded.padding_side == "left"

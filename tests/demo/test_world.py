@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -29,7 +30,7 @@ def test_splits_share_no_number():
 def test_variable_chains_end_in_the_number_that_they_started_from():
     doc = Document(Random(3))
     said = [doc.variable(hops).text for hops in (0, 0, 1, 1, 2, 2)]
-    values = dict(re.fullmatch(r"Let (\w+) be (\w+)\.", text).groups() for text in said)
+    values = dict(re.fullmatch(r"Here (\w+) (\w+)\.", text).groups() for text in said)
     for item in doc.items:
         name = item.question.removeprefix("What is ").rstrip("?")
         while name in values:
@@ -56,12 +57,21 @@ def test_question_and_answer_follow_other_text():
     doc = Document(Random(2))
     doc.fact()
     question, answer = ask(doc.items[0])
-    assert question.text.startswith("Question: What is the code of ") and question.text.endswith("Answer:")
+    name = doc.items[0].lead.removeprefix(" Code of ")
+    assert question.text == f"Question: What is the code of {name}? Answer: Code of {name}"
     assert re.fullmatch(r"\d{4};", answer.text)
 
 
+@pytest.mark.parametrize("kind", ["fact", "hidden", "passkey", "song"])
+def test_an_answer_repeats_the_statement(kind):
+    doc = Document(Random(5))
+    said = getattr(doc, kind)().text
+    question, answer = ask(doc.items[0])
+    assert said == question.text.split("Answer: ")[1] + " " + answer.text.removesuffix(";") + "."
+
+
 def test_numbers_are_two_tokens():
-    assert split_tokens("The code of Ala is 0471.")[-3:] == [" 04", "71", "."]
+    assert split_tokens("Code of Ala 0471.")[-3:] == [" 04", "71", "."]
 
 
 def test_a_training_document_has_the_asked_length_and_every_token_is_known():
@@ -71,7 +81,7 @@ def test_a_training_document_has_the_asked_length_and_every_token_is_known():
         assert 1 not in ids
         assert set(weights[1:].tolist()) <= {float(w) for w in weights.dtype.type(list(LOSS_WEIGHT.values()))}
         assert tasks.max() < len(TASKS)
-        assert ((tasks >= 0) == (weights == 1.0)).all()
+        assert (weights[tasks >= 0] == 1.0).all()
 
 
 def test_a_training_document_depends_on_its_seed_only():
@@ -80,6 +90,9 @@ def test_a_training_document_depends_on_its_seed_only():
 
 
 def test_encode_knows_every_word_of_the_world():
-    assert encode("The code of Ala is 0471.") == [
-        vocabulary().index(t) for t in split_tokens("The code of Ala is 0471.")
-    ]
+    assert encode("Code of Ala 0471.") == [vocabulary().index(t) for t in split_tokens("Code of Ala 0471.")]
+
+
+def test_the_model_card_states_the_size_of_the_vocabulary():
+    page = (Path(__file__).parents[2] / "docs" / "demo-model.md").read_text(encoding="utf-8")
+    assert f"of {len(vocabulary())} kinds" in " ".join(page.split())

@@ -98,3 +98,20 @@ def test_the_model_block_gives_a_spec():
 def test_layers_must_match():
     with pytest.raises(PolicyError, match="the policy has 1 layers, the model 2"):
         plan(Policy(layers=(LayerPolicy(),)), spec_of(LAYER, LAYER), [10])
+
+
+def test_a_model_with_windows_gives_the_spec_back():
+    window = LayerSpec(2, 32, 32, window=96)
+    spec = spec_of(window, LayerSpec(2, 32, 32), window, window)
+    block = spec.policy_block()
+    assert (block["window"], block["window_layers"]) == (96, "0,2-3")
+    policy = Policy(layers=(LayerPolicy(),) * 4, model=block)
+    assert stated_spec(policy).layers == spec.layers
+    assert plan(policy, stated_spec(policy), [500], 3) == plan(policy, spec, [500], 3)
+
+
+def test_windows_that_differ_are_not_guessed():
+    block = spec_of(LayerSpec(2, 32, 32, window=96), LayerSpec(2, 32, 32, window=64)).policy_block()
+    assert (block["window"], block["window_layers"]) == ([64, 96], "0-1")
+    with pytest.raises(PolicyError, match=r"model.window differs between layers \(\[64, 96\]\)"):
+        stated_spec(Policy(layers=(LayerPolicy(),) * 2, model=block))

@@ -14,6 +14,7 @@ from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots, Target
 from kvplan.policy.serialize import check_model, check_policy, dump_policy, load_policy, parse_policy, save_policy
 
+ONE = {"layers": 1, "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"}
 MODEL = "model: {layers: 8, kv_heads: 2, head_dim: 32, dtype: bfloat16}\n"
 
 
@@ -25,6 +26,11 @@ def problems(text: str) -> list[str]:
 
 def layers(*lines: str) -> str:
     return "kvplan: 1\nlayers:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def windowed(extra: str) -> str:
+    block = f"{{layers: 2, kv_heads: 2, head_dim: 32, dtype: float16, {extra}}}"
+    return f"kvplan: 1\nmodel: {block}\nlayers: {{0-1: {{slots: full}}}}\n"
 
 
 @st.composite
@@ -61,6 +67,8 @@ def any_policy(draw):
         chosen.append(draw(st.sampled_from(palette)) if shares is None else LayerPolicy(shares=shares))
     heads = draw(st.one_of(st.integers(1, 8), st.just([2, 4])))
     model = {"type": "llama", "layers": len(chosen), "kv_heads": heads, "head_dim": 64, "dtype": "float16"}
+    if draw(st.booleans()):
+        model |= {"window": draw(st.integers(1, 9999)), "window_layers": str(len(chosen) - 1)}
     count = st.integers(1, 2**40)
     target = st.one_of(
         st.none(),
@@ -103,6 +111,16 @@ TRAPS = [
 @settings(max_examples=120, deadline=None)
 @given(any_policy())
 def test_a_dumped_policy_loads_as_itself(policy):
+    assert parse_policy(dump_policy(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", " \x85 ", "a\x85b", "\u2028", "a\u2029", "\ufeff", "\x00", "\x7f", "\xa0", "\n"]
+)
+def test_unprintable_text_survives_as_key_and_value(text):
+    policy = Policy(
+        layers=(LayerPolicy(),), provenance={text: text, "inner": {text: [text]}}, model={**ONE, "name": text}
+    )
     assert parse_policy(dump_policy(policy)) == policy
 
 
@@ -312,6 +330,26 @@ ONE_PROBLEM = {
         "kvplan: 1\nmodel: {layers: 1, kv_heads: 2, head_dim: 32, dtype: bf16}\nlayers: {0: {slots: full}}\n",
         "p.yaml:2:54: model.dtype: must be 'float64', 'float32', 'bfloat16' or 'float16', not 'bf16'",
     ),
+    "window alone": (
+        windowed("window: 64"),
+        "p.yaml:2:8: model: window and window_layers go together; give both or neither",
+    ),
+    "window layers out of range": (
+        windowed("window: 64, window_layers: 1-2"),
+        "p.yaml:2:90: model.window_layers: layer 2 is out of range; the last layer is 1",
+    ),
+    "window layers backwards": (
+        windowed("window: 64, window_layers: 1-0"),
+        "p.yaml:2:90: model.window_layers: '1-0' runs backwards",
+    ),
+    "window layer twice": (
+        windowed("window: 64, window_layers: '0-1,1'"),
+        "p.yaml:2:90: model.window_layers: '0-1,1' names a layer twice",
+    ),
+    "no window layers": (
+        windowed("window: 64, window_layers: all"),
+        "p.yaml:2:90: model.window_layers: must name layers, like 5, 0-3 or '4,6-7', not 'all'",
+    ),
     "not a block": (layers("0: full"), "p.yaml:3:6: layers.0: must be a mapping, not 'full'"),
 }
 
@@ -405,3 +443,14 @@ def test_sharing_layers_have_one_shape():
     spec = dataclasses.replace(SPEC, layers=(FULL_ATTENTION, LayerSpec(4, 32, 32)))
     found = misfit(Policy(layers=(LayerPolicy(), LayerPolicy(shares=0))), spec)
     assert found == ["layers.1.shares: layers 1 and 0 have caches of different shape"]
+
+
+def test_the_windows_must_be_the_models():
+    layers = (LayerPolicy(),) * 3
+    check_model(Policy(layers=layers, model={"window": 128, "window_layers": 1}), SPEC)
+    assert misfit(Policy(layers=layers, model={"window": 64, "window_layers": "0-1"})) == [
+        "model.window: the policy was made for a window of 64 tokens in layers 0-1, the model has a window of 128 "
+        "tokens in layers 1; search again"
+    ]
+    full = dataclasses.replace(SPEC, layers=(FULL_ATTENTION,) * 3)
+    assert "the model has no window; search again" in misfit(Policy(layers=layers, model=SPEC.policy_block()), full)[0]

@@ -14,7 +14,7 @@ from kvplan.methods.evictors.streaming import Streaming
 class Sliding(Streaming):
     """Keep the last `slots` tokens, the current one included; sinks are not protected.
 
-    Jiang et al. 2023 (Mistral), arXiv:2310.06825. A lower-bound baseline on models trained with full attention.
+    Jiang et al. 2023 (Mistral), arXiv:2310.06825. A lower bound on models trained with full attention.
     """
 
     keeps_sinks: ClassVar[bool] = False

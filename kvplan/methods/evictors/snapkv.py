@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +35,7 @@ class SnapKV(Evictor):
     needs: ClassVar[Signal] = Signal.QUERIES
     window_tokens: int = tunable(32, IntRange(8, 128, log=True))
     pool_width: int = tunable(5, Choice(1, 5, 7, 13))
-    pooling: str = tunable("avg", Choice("avg", "max"))
+    pooling: Literal["avg", "max"] = tunable("avg", Choice("avg", "max"))
 
     def __post_init__(self) -> None:
         if self.pool_width < 1 or self.pool_width % 2 == 0:
