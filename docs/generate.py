@@ -228,8 +228,8 @@ def policy_page() -> str:
         "- `shares` names an earlier layer that stores a cache of its own, with the same KV heads, channels and "
         "attention window.\n"
         "- A layer with the model's own sliding window must be `full`: the window limits it already.\n"
-        f"- A layer below its capacity grows in blocks of a sixteenth of the row's prompt, at least "
-        f"{memory.MIN_GROWTH_TOKENS} tokens.",
+        "- A layer below its capacity doubles its room for new tokens up to a sixteenth of the row's prompt (at least "
+        f"{memory.MIN_GROWTH_TOKENS} tokens), then grows block by block.",
         "## Evictors",
         "`evictor: NAME`, or `evictor: {NAME: {PARAMETER: VALUE}}`. Usual ranges are advice, not limits. "
         "How they compare, and how they were checked, is in [methods.md](methods.md).",

@@ -27,6 +27,8 @@ from kvplan.demo.world import vocabulary
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 ADVANCE_ACCURACY = 0.85
+MIX_AT_LAST = (0.2, 0.3, 0.2, 0.1, 0.1, 0.1)
+MIX_WHILE_DECAYING = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3)
 ADVANCE_TASKS = ("fact", "hidden", "hops0", "song")
 QUERY_BLOCK = 128
 
@@ -127,9 +129,11 @@ class Trainer:
 
     def pick_length(self) -> int:
         rng = Random(f"{self.args.seed}/length/{self.step}")
-        # Once recall works, shorter documents teach the same at less cost; the longest keep it working at length.
-        shorter = self.stage > 0 and rng.random() < (0.6 if self.stage == len(LENGTHS) - 1 else 0.25)
-        return LENGTHS[rng.randrange(max(self.stage - 4, 0), self.stage) if shorter else self.stage]
+        if self.stage == len(LENGTHS) - 1:
+            # Recall works: short documents teach chains at less cost; the end of training is for the long ones.
+            return rng.choices(LENGTHS, MIX_AT_LAST if self.rate() == 1.0 else MIX_WHILE_DECAYING)[0]
+        shorter = self.stage > 0 and rng.random() < 0.25
+        return LENGTHS[rng.randrange(max(self.stage - 3, 0), self.stage) if shorter else self.stage]
 
     def train_step(self) -> None:
         args, length = self.args, self.pick_length()
@@ -222,9 +226,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvplan.demo.train", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=float, default=13e6)
+    parser.add_argument("--tokens", type=float, default=15e6)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--decay", type=float, default=0.3)
+    parser.add_argument("--decay", type=float, default=0.27)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=1e-2)
     parser.add_argument("--threads", type=int, default=2)

@@ -72,18 +72,22 @@ def capacity(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int) -> int | N
     return layer.capacity(prompt_tokens) if spec.window is None else spec.window
 
 
-def growth_tokens(prompt_tokens: int) -> int:
-    """Tokens of a block by which a row below its capacity grows: a sixteenth of its prompt, so that growing is rare and
-    what is allocated but not yet used stays small."""
-    return max(MIN_GROWTH_TOKENS, prompt_tokens // 16)
+def grown_tokens(prompt_tokens: int, appended_tokens: int) -> int:
+    """Room for appended tokens in a row below its capacity: 1, 2, 4, ... up to a sixteenth of the prompt, then blocks.
+
+    So a short answer holds hardly more than its tokens, and a long one is rarely copied.
+    """
+    block = max(MIN_GROWTH_TOKENS, prompt_tokens // 16)
+    if appended_tokens <= block:
+        return min(1 << (appended_tokens - 1).bit_length(), block) if appended_tokens else 0
+    return -(-appended_tokens // block) * block
 
 
 def allocated_slots(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int, appended_tokens: int) -> int:
     """Slots per KV head of one row after its prompt and `appended_tokens` forward tokens; 0 for a sharing layer."""
     if layer.shares is not None:
         return 0
-    block = growth_tokens(prompt_tokens)
-    slots = prompt_tokens + -(-appended_tokens // block) * block
+    slots = prompt_tokens + grown_tokens(prompt_tokens, appended_tokens)
     most = capacity(layer, spec, prompt_tokens)
     return slots if most is None else min(slots, most)
 

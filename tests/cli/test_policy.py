@@ -93,7 +93,7 @@ def test_policies_of_different_depth_are_not_compared(policy_file, tmp_path):
 
 def test_bytes_as_table_and_json_agree(policy_file):
     data = json.loads(run("bytes", policy_file, "--context", 1000, "--new-tokens", 1, "--batch", 2, "--json"))
-    assert [row["slots"] for row in data["layers"]] == [2 * 1062, 2 * 64, 0, 2 * 256]
+    assert [row["slots"] for row in data["layers"]] == [2 * 1001, 2 * 64, 0, 2 * 256]
     assert data["total"] == sum(row["total"] for row in data["layers"])
     assert data["layers"][3]["scores"] == 2 * 256 * 2 * 4
     assert data["full"] == 4 * 256 * 2 * 1001

@@ -7,7 +7,7 @@ from kvplan.methods.evictors import evictors
 from kvplan.methods.evictors.h2o import H2O
 from kvplan.methods.evictors.tova import TOVA
 from kvplan.model_spec import LayerSpec, ModelSpec
-from kvplan.policy.memory import LayerBytes, allocated_slots, growth_tokens, plan, stated_spec
+from kvplan.policy.memory import LayerBytes, allocated_slots, grown_tokens, plan, stated_spec
 from kvplan.policy.schema import LayerPolicy, Policy, Slots
 
 LAYER = LayerSpec(kv_heads=2, key_dim=32, value_dim=16)
@@ -21,18 +21,19 @@ def spec_of(*layers: LayerSpec) -> ModelSpec:
     ("layer", "spec", "prompt", "appended", "slots"),
     [
         (LayerPolicy(), LAYER, 100, 0, 100),
-        (LayerPolicy(), LAYER, 100, 1, 116),
+        (LayerPolicy(), LAYER, 100, 1, 101),
+        (LayerPolicy(), LAYER, 100, 5, 108),
         (LayerPolicy(), LAYER, 100, 64, 164),
         (LayerPolicy(), LAYER, 100, 65, 180),
         (LayerPolicy(slots=Slots(80)), LAYER, 100, 0, 80),
         (LayerPolicy(slots=Slots(120)), LAYER, 100, 0, 100),
-        (LayerPolicy(slots=Slots(120)), LAYER, 100, 1, 116),
+        (LayerPolicy(slots=Slots(120)), LAYER, 100, 1, 101),
         (LayerPolicy(slots=Slots(share=2500)), LAYER, 1003, 500, 250),
         (LayerPolicy(slots=Slots(share=2500)), LAYER, 100, 0, 64),
         (LayerPolicy(slots=Slots(share=2500)), LAYER, 10, 0, 10),
-        (LayerPolicy(slots=Slots(share=2500)), LAYER, 10, 1, 26),
+        (LayerPolicy(slots=Slots(share=2500)), LAYER, 10, 1, 11),
         (LayerPolicy(), LayerSpec(2, 32, 16, window=96), 100, 5, 96),
-        (LayerPolicy(), LayerSpec(2, 32, 16, window=96), 20, 5, 36),
+        (LayerPolicy(), LayerSpec(2, 32, 16, window=96), 20, 5, 28),
         (LayerPolicy(shares=0), LAYER, 100, 5, 0),
     ],
 )
@@ -46,15 +47,15 @@ def test_slots_never_shrink_nor_pass_the_capacity(prompt, appended, share):
     now, later = (allocated_slots(layer, LAYER, prompt, n) for n in (appended, appended + 1))
     assert now <= later <= layer.capacity(prompt)
     assert now >= min(prompt + appended, layer.capacity(prompt))
-    assert now <= prompt + appended + growth_tokens(prompt) - 1
+    assert now <= prompt + grown_tokens(prompt, appended)
 
 
 def test_bytes_by_hand_over_a_ragged_batch():
     layers = (LayerPolicy(), LayerPolicy(slots=Slots(50), evictor=H2O()), LayerPolicy(shares=0))
     held = plan(Policy(layers=layers), spec_of(LAYER, LAYER, LAYER), [100, 30], 3)
-    assert held.slots == (116 + 46, 50 + 46, 0)
-    assert held.layers[0] == LayerBytes(keys=162 * 2 * 32 * 2, values=162 * 2 * 16 * 2)
-    assert held.layers[1] == LayerBytes(keys=96 * 128, values=96 * 64, positions=96 * 2 * 4, scores=96 * 2 * 4)
+    assert held.slots == (104 + 34, 50 + 34, 0)
+    assert held.layers[0] == LayerBytes(keys=138 * 2 * 32 * 2, values=138 * 2 * 16 * 2)
+    assert held.layers[1] == LayerBytes(keys=84 * 128, values=84 * 64, positions=84 * 2 * 4, scores=84 * 2 * 4)
     assert held.layers[2].total == 0
     assert held.total == held.by_kind.total == sum(layer.total for layer in held.layers)
     assert held.full == 3 * 192 * (103 + 33)

@@ -20,8 +20,8 @@ def llama():
 
 
 def test_a_four_dimensional_mask(llama) -> None:
+    mask = torch.zeros(1, 1, 8, 8)
     with kvplan.attach(llama, POLICY) as runtime, pytest.raises(RuntimeLimitError, match="4-D attention mask"):
-        mask = torch.zeros(1, 1, 8, 8)
         llama(prompts((8,))["input_ids"], attention_mask=mask, past_key_values=runtime.new_cache())
 
 
