@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvplan.errors import KVPlanError
@@ -34,12 +35,20 @@ def write_text(path: Path, text: str) -> None:
         raise KVPlanError(f"{path}: cannot write ({error.strerror}); nothing was changed") from error
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Fail before long work, not after it.
 
+    Args:
+        path: What will be written.
+        inputs: What the command reads, as far as these are files; writing over them would lose them.
+
     Raises:
-        KVPlanError: a file could not be created beside `path`.
+        KVPlanError: `path` is a folder or an input, or a file could not be created beside it.
     """
+    if path.is_dir():
+        raise KVPlanError(f"{path}: a folder; name a file")
+    if any(other is not None and Path(other).resolve() == path.resolve() for other in inputs):
+        raise KVPlanError(f"{path}: this command reads that file; name another one to write")
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
@@ -50,7 +59,7 @@ def check_writable(path: Path) -> None:
 def read_text(path: Path, what: str) -> str:
     """Raises: KVPlanError: the file is missing or not UTF-8 text."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows editors begin a file with a byte-order mark
     except UnicodeDecodeError as error:
         raise KVPlanError(f"{path}: not a {what} (not UTF-8 text)") from error
     except OSError as error:

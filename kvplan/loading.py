@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,15 +49,30 @@ def load_model(
         config = _load_config(source, where)
         _refuse_unplannable(config)
         tokenizer = _load_tokenizer(source, where)
+        fingerprint = _fingerprint_before_rounding(source, config, dtype, where)
         model = _load_weights(source, config, dtype, where)
     _refuse_unsupported_class(model)
     _refuse_broken_weights(model, source)
-    spec = ModelSpec.from_config(model.config, _dtype_name(model), model_fingerprint(model))
-    _refuse_other_caches(model, spec)
+    spec = ModelSpec.from_config(model.config, _dtype_name(model), fingerprint or model_fingerprint(model))
+    _refuse_other_caches(model, spec, source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.to(target), tokenizer, spec
+
+
+def check_tokens(model: Any, ids: Sequence[int], where: str) -> None:
+    """Fail with a reason; on a GPU a token without embedding would break the process.
+
+    Raises:
+        ModelError: the tokenizer gave a token that the model has no embedding for.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = max(ids, default=0)
+    if largest >= size:
+        raise ModelError(
+            f"{where}: holds token {largest}, but the model has {size} embeddings; the tokenizer is another model's"
+        )
 
 
 # ------------------------------------------------------------------ arguments
@@ -142,12 +157,30 @@ def _load_weights(source: str, config: Any, dtype: str, where: dict[str, Any]) -
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
         **where,
     )
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise ModelError(
+            f"{source}: {len(mismatched)} weights have another shape than the config says, the first is {name}: "
+            f"{list(stored)}, not {list(wanted)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{source}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
     return model.eval()
+
+
+def _fingerprint_before_rounding(source: str, config: Any, dtype: str, where: dict[str, Any]) -> str | None:
+    """The fingerprint of the stored weights where the loaded ones would give another, else None.
+
+    float16 keeps fewer exponents than the fingerprint's bfloat16, so the weights are read twice.
+    """
+    if dtype != "float16" or str(config.dtype).removeprefix("torch.") == "float16":
+        return None
+    return model_fingerprint(_load_weights(source, config, "auto", where))
 
 
 # ------------------------------------------------------------------ refusing
@@ -195,12 +228,15 @@ def _refuse_broken_weights(model: Any, source: str) -> None:
             raise ModelError(f"{source}: {name} holds {bad} values that are nan or infinite; the checkpoint is broken")
 
 
-def _refuse_other_caches(model: Any, spec: ModelSpec) -> None:
+def _refuse_other_caches(model: Any, spec: ModelSpec, source: str) -> None:
     """Run a few tokens and compare what the model caches with what the spec says that it caches."""
     import torch
 
-    with torch.no_grad():
-        cache = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=True).past_key_values
+    try:
+        with torch.no_grad():
+            cache = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=True).past_key_values
+    except Exception as error:  # the model's own code, run for the first time
+        raise ModelError(f"{source}: fails on its first tokens ({_first_line(error)}); check its config") from error
     found = [_shape(layer) for layer in getattr(cache, "layers", [])]
     wanted = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers]
     if found != wanted:
@@ -266,7 +302,7 @@ def _explain(error: Exception, is_folder: bool) -> str:
         return "no such folder here, not in the local cache, and the Hugging Face hub cannot be reached"
     if not is_folder and "is not a valid model identifier" in text:
         return "no such folder here, and no such model on the Hugging Face hub (or it needs a login)"
-    if "safetensors" in text and isinstance(error, OSError):
+    if "safetensors" in text and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return "no safetensors weights in it; kvplan does not unpickle weights"
     return f"cannot be loaded ({_first_line(error)})"
 

@@ -31,13 +31,13 @@ def test_the_main_job(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert kvplan("calibrate", "-o", profile, "--max-prompts", 6, "--sensitivity-prompts", 2) == 0
     assert kvplan("search", "--mem", "40%", "--profile", profile, "-o", policy, "--max-prompts", 12, "--trials", 4) == 0
     capfd.readouterr()
-    prompt = "Code of Ala 4713. The passkey 1234. " * 20 + "Question: What is the code of Ala? Answer: Code of Ala"
+    prompt = "Code of Ala 4713. The passkey 1234. " * 70 + "Question: What is the code of Ala? Answer: Code of Ala"
     assert kvplan("run", "--policy", policy, "--json", "--max-new-tokens", 4, prompt) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["text"].strip()
     assert result["kv_bytes"] == result["kv_bytes_planned"]
     assert result["kv_ratio"] <= 0.4
-    assert result["prompt_tokens"] > 200
+    assert result["prompt_tokens"] > 700
 
     # The policy that a handful of trials finds already beats every uniform one on held-out prompts.
     rows = {r.name: r for r in heldout_rows(Profile.load(profile), load_policy(policy), parse_share("40%"), 12)}

@@ -55,3 +55,16 @@ def test_binary_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(KVPlanError, match="not a policy"):
         read_text(tmp_path / "a.yaml", "policy")
+
+
+def test_a_folder_or_an_input_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text("{}")
+    with pytest.raises(KVPlanError, match="a folder; name a file"):
+        check_writable(tmp_path)
+    with pytest.raises(KVPlanError, match=r"in\.json: this command reads that file; name another one to write"):
+        check_writable(tmp_path / "in.json", [None, "other", tmp_path / "x" / ".." / "in.json"])
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert read_text(tmp_path / "a.txt", "note") == "one"

@@ -13,6 +13,7 @@ from transformers import (
     GPTNeoXConfig,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     T5Config,
@@ -20,7 +21,7 @@ from transformers import (
 
 from kvplan import loading
 from kvplan.errors import ModelError
-from kvplan.loading import load_model
+from kvplan.loading import check_tokens, load_model
 from tests.conftest import tiny_config, tiny_model
 
 
@@ -34,6 +35,11 @@ def saved(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> Path:
 def save_config(folder: Path, config: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     return folder
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 def refusal(name: Any, **options: Any) -> str:
@@ -141,7 +147,8 @@ def test_truncated_weights_are_one_line(saved: Path) -> None:
 
 def test_weights_of_another_shape_are_one_line(saved: Path) -> None:
     save_config(saved, tiny_config(intermediate_size=48))
-    assert "cannot be loaded" in refusal(saved)
+    told = "12 weights have another shape than the config says, the first is model.layers.0.mlp.down_proj.weight: "
+    assert told in refusal(saved)
 
 
 def test_missing_weights_are_named(saved: Path) -> None:
@@ -215,3 +222,27 @@ def test_a_cuda_index_out_of_range_is_refused(saved: Path, monkeypatch: pytest.M
 def test_loading_is_silent(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_model(saved)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_config_that_cannot_run_is_one_line(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tiny_model(tiny_config(MixtralConfig, num_local_experts=2)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    change_config(tmp_path, num_experts_per_tok=3)
+    assert f"{tmp_path}: fails on its first tokens (RuntimeError: " in refusal(tmp_path)
+
+
+def test_a_missing_shard_is_named(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00002.safetensors" in refusal(saved)
+
+
+def test_float16_rounding_does_not_change_the_fingerprint(saved: Path) -> None:
+    assert load_model(saved, dtype="float16")[2].fingerprint == load_model(saved)[2].fingerprint
+
+
+def test_a_token_without_embedding_is_refused(tiny_llama: Any) -> None:
+    check_tokens(tiny_llama, [0, 127], "a.jsonl:1")
+    with pytest.raises(ModelError, match="a.jsonl:1: holds token 128, but the model has 128 embeddings"):
+        check_tokens(tiny_llama, [5, 128], "a.jsonl:1")

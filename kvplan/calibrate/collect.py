@@ -23,6 +23,7 @@ from kvplan.calibrate.prompts import Example
 from kvplan.calibrate.residual import ResidualProbe, decoder_layers
 from kvplan.calibrate.statistics import MASS_LEVELS, MOMENT_NAMES, SHARING_TOKENS, LayerProfile, Moments, Statistics
 from kvplan.errors import DataError, ModelError
+from kvplan.loading import check_tokens
 
 IMPLEMENTATION = "kvplan_calibrate"
 
@@ -104,6 +105,8 @@ def collect(
         raise DataError("no prompts to calibrate on")
     if empty := [e.id for e in examples if not e.prompt_ids]:
         raise DataError(f"example {empty[0]}: the prompt is empty")
+    for example in examples:
+        check_tokens(model, example.prompt_ids, f"prompt {example.id!r}")
     base = getattr(model, "base_model", model)
     layers = decoder_layers(base)
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].prompt_ids))

@@ -170,7 +170,7 @@ class Profile:
         if (version := data.get("schema_version")) != SCHEMA_VERSION:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             hint = "; it was made by a newer kvplan, update this one" if newer else ""
-            raise ProfileError(f"schema version {str(version)[:20]} is not {SCHEMA_VERSION}{hint}")
+            raise ProfileError(f"schema version {repr(version)[:20]} is not {SCHEMA_VERSION}{hint}")
         from kvplan.calibrate.profile_file import parse
 
         return parse(data)
@@ -201,6 +201,8 @@ def merge(first: Profile, second: Profile) -> Profile:
     """
     a, b = first.statistics, second.statistics
     if first.spec.fingerprint != second.spec.fingerprint or first.spec != second.spec:
+        if first.spec.fingerprint == second.spec.fingerprint and first.spec.dtype != second.spec.dtype:
+            raise ProfileError(f"measured in {first.spec.dtype} and {second.spec.dtype}; calibrate with one --dtype")
         raise ProfileError(f"made for different models ({_name(first.spec)} and {_name(second.spec)})")
     _same("settings", a.settings, b.settings)
     sums, other = first.sensitivity_sums, second.sensitivity_sums

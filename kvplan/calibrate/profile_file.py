@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from kvplan.calibrate.profile import Profile
 from kvplan.calibrate.statistics import (
@@ -51,6 +60,9 @@ class _Moments(_Model):
             raise ProfileError(f"{where}: {len(self.sum)} sums and {len(self.squares)} squares; the model has {size}")
         if self.count != count:
             raise ProfileError(f"{where}: a count of {self.count}; there are {count} prompts")
+        # Cauchy-Schwarz, with room for the rounding of the sums.
+        if any(s * s > count * q * (1 + 1e-6) + 1e-6 for s, q in zip(self.sum, self.squares, strict=True)):
+            raise ProfileError(f"{where}: sums and squares contradict each other; the file was edited or damaged")
         return Moments(self.count, np.array(self.sum).reshape(shape), np.array(self.squares).reshape(shape))
 
 
@@ -80,7 +92,7 @@ class _Spec(_Model):
     dtype: str
     max_context_tokens: PositiveInt | None
     model_type: str
-    fingerprint: str | None
+    fingerprint: Annotated[str, Field(pattern=r"^[!-~]{1,100}$")] | None
 
 
 class _Data(_Model):
@@ -107,6 +119,8 @@ class _Sensitivity(_Model):
                 where = f"sensitivity.moments.{name}.{share}"
                 if not (share.isascii() and share.isdigit() and 0 < int(share) <= 10_000):
                     raise ProfileError(f"{where}: not a share in basis points")
+                if packed.count == 0:
+                    raise ProfileError(f"{where}: measured on no prompt")
                 moments[name][int(share)] = packed.unpack((num_layers,), packed.count, where)
         wanted = {"evictors": list(moments), "shares": [int(s) for s in next(iter(grids), ())]}
         if any(self.settings.get(key) != value for key, value in wanted.items()):

@@ -193,8 +193,8 @@ def read_records(path: str | Path) -> list[Record]:
         where = f"{path}:{number}"
         try:
             data = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({_line(error)})") from error
         record = parse_record(data, where)
         if record.id in seen:
             raise DataError(f"{where}: id {record.id!r} was used before, at {seen[record.id]}")
@@ -216,6 +216,8 @@ def parse_record(data: Any, where: str) -> Record:
     for name, value in data.items():
         if name in _FIELD_TYPES:
             _check_type(value, _FIELD_TYPES[name], f"{where}: {name}")
+            if isinstance(value, str):
+                check_text(value, f"{where}: {name}")
         elif near := get_close_matches(name, _FIELD_TYPES, n=1, cutoff=0.8):
             raise DataError(f"{where}: unknown field {name!r}; did you mean {near[0]!r}?")
     for name in ("id", "task"):
@@ -246,6 +248,7 @@ def _parse_messages(items: list[Any], where: str) -> tuple[Message, ...]:
             raise DataError(f"{place}: needs exactly 'role' and 'content', found {found}")
         for name in ("role", "content"):
             _check_type(item[name], str, f"{place}.{name}")
+        check_text(item["content"], f"{place}.content")
         if item["role"] not in ROLES:
             raise DataError(f"{place}.role: unknown role {item['role']!r} (known: {', '.join(ROLES)})")
         if not item["content"].strip():
@@ -263,6 +266,16 @@ def _check_type(value: Any, kind: type, where: str) -> None:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
         raise DataError(f"{where}: expected {names[kind]}, found {_type_name(value)}")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises: DataError: `text` cannot be written as UTF-8, so no tokenizer reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start + 1} is half a character ({text[error.start]!r}); write the text as UTF-8"
+        ) from error
 
 
 def _type_name(value: Any) -> str:
@@ -485,11 +498,16 @@ def _load_dataset(source: str, split: str | None) -> Any:
         raise DataError(f"{source}: unknown kind of file (known: .jsonl, .txt, {', '.join(_LOADERS)})")
     import datasets
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    # A folder by its full name; "." would be taken for a dataset without a name.
+    name = str(path.resolve()) if path.is_dir() else source
     try:
-        found = datasets.load_dataset(loader, data_files=str(path)) if loader else datasets.load_dataset(source)
+        found = datasets.load_dataset(loader, data_files=str(path)) if loader else datasets.load_dataset(name)
     except Exception as error:  # Network, hub, parser: whatever it was, the user gets its first line.
         hint = "" if path.exists() else "; check the name, or give a local file when offline"
-        raise DataError(f"{source}: cannot load this dataset ({_line(error)}){hint}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise DataError(f"{source}: cannot load this dataset ({_line(cause)}){hint}") from error
     splits = list(found)
     if split is None and len(splits) == 1:
         return found[splits[0]]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvplan.calibrate.prompts import Example
 from kvplan.errors import DataError
+from kvplan.loading import check_tokens
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.runtime.attach import attach
@@ -66,6 +67,8 @@ class Scorer:
         empty = next((e for e in examples if not e.continuation_ids), None)
         if empty is not None:
             raise DataError(f"prompt '{empty.id}' has nothing to score: no answer, and too short to cut a continuation")
+        for example in examples:
+            check_tokens(model, [*example.prompt_ids, *example.continuation_ids], f"prompt {example.id!r}")
         self.model, self.spec, self.examples = model, spec, list(examples)
         self._full = Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers)
         self._groups = _groups([len(e.prompt_ids) for e in self.examples], batch_tokens)

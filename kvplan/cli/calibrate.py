@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvplan.cli.console import MAX_SEED
+
 
 def command(
     model: Annotated[
@@ -38,7 +40,7 @@ def command(
     sensitivity_prompts: Annotated[int, typer.Option(min=1, help="Prompts for that, from the tasks in turn.")] = 12,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Draws the rows of a dataset.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Draws the rows of a dataset.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
@@ -50,11 +52,7 @@ def command(
 
     from kvplan.files import check_writable
 
-    check_writable(output)
-    if output.is_dir():
-        from kvplan.errors import ProfileError
-
-        raise ProfileError(f"{output}: a folder; name a file")
+    check_writable(output, data or ())
 
     import torch
     import transformers

@@ -14,6 +14,8 @@ from rich.console import Console
 PIPE_WIDTH = 120  # columns of a table that is written to a file or a pipe
 BROKEN_PIPE_EXIT = 141
 LOG_STEP_PERCENT = 10
+MAX_SEED = 2**32 - 1  # what every generator of random numbers takes
+MAX_TOKENS = 2**40  # of a context; more is a typing error
 
 _quiet = False
 
@@ -31,12 +33,20 @@ def silence_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_closed_streams() -> None:
+    """A stream that the caller closed (`>&-`) becomes the null device; else the next file opened would stand for it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the end
+
+
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
+_open_closed_streams()
 out = _console(stderr=False)
 err = _console(stderr=True)
 

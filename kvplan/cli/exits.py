@@ -71,27 +71,29 @@ def wants_debug(argv: Sequence[str]) -> bool:
 def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
     """Run the app and return the exit code; every failure has been reported on stderr."""
     argv = hoist(argv, typer.main.get_command(app))
-    terminated = False
+    received: list[int] = []
 
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
-        nonlocal terminated
-        terminated = True
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         raise KeyboardInterrupt  # so that every `except KeyboardInterrupt` cleans up for both signals
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before: Any = signal.signal(signal.SIGTERM, on_sigterm) if in_main_thread else None
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, on_signal)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, on_signal)
     try:
-        code = _run(app, argv)
+        code = _run(app, argv, received)
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code == INTERRUPT_EXIT:
         error("interrupted")
-        return TERMINATED_EXIT if terminated else INTERRUPT_EXIT
+        return TERMINATED_EXIT if signal.SIGTERM in received else INTERRUPT_EXIT
     return code
 
 
-def _run(app: typer.Typer, argv: list[str]) -> int:
+def _run(app: typer.Typer, argv: list[str], received: list[int]) -> int:
     try:
         try:
             app(args=argv, prog_name="kvplan")
@@ -107,7 +109,8 @@ def _run(app: typer.Typer, argv: list[str]) -> int:
     except Exception as failure:
         if wants_debug(argv):
             traceback.print_exception(failure)
-        return _report(failure)
+        # A library that is importing turns the interrupt into an error of its own.
+        return INTERRUPT_EXIT if received else _report(failure)
     return 0
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvplan.cli.console import MAX_SEED
+
 if TYPE_CHECKING:
     from kvplan.calibrate.prompts import Record
     from kvplan.model_spec import ModelSpec
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from kvplan.runtime.generation import Generated
 
 DEFAULT_NEW_TOKENS = 64
-MAX_SEED = 2**32 - 1
+LEAST_TEMPERATURE = 1e-6  # below, the scores divided by it overflow
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,16 @@ def command(
     """Generate text under a policy. The text goes to stdout, what it cost to stderr."""
     _check_options(prompt, prompt_file, data, output, stream, as_json, temperature)
 
+    from kvplan.files import check_writable
     from kvplan.policy.serialize import load_policy
 
     plan = load_policy(policy)
     records = _read(prompt, prompt_file, data)
     if output is not None:
-        _check_output(output)
+        check_writable(output, [policy, data])
 
     network, tokenizer, spec = _load(policy, plan, model, dtype, device, trust_remote_code)
-    requests = _requests(records, tokenizer, spec, max_new_tokens)
+    requests = _requests(records, network, tokenizer, spec, max_new_tokens)
 
     from kvplan.cli.console import progress
     from kvplan.runtime.attach import attach, full_policy
@@ -130,20 +133,13 @@ def _check_options(
         raise KVPlanError(f"--stream prints the text of one prompt; leave out {'--json' if as_json else '--data'}")
     if not isfinite(temperature):
         raise KVPlanError(f"--temperature {temperature} is not a temperature; write for example 0.7")
-
-
-def _check_output(output: Path) -> None:
-    from kvplan.errors import KVPlanError
-    from kvplan.files import check_writable
-
-    if output.is_dir():
-        raise KVPlanError(f"{output}: a folder; name a file")
-    check_writable(output)
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise KVPlanError(f"--temperature {temperature} is too small; 0 takes the likeliest token")
 
 
 def _read(prompt: str | None, prompt_file: Path | None, data: Path | None) -> list[Record]:
     """The records to run: those of --data, or one made of the prompt."""
-    from kvplan.calibrate.prompts import Record, read_records
+    from kvplan.calibrate.prompts import Record, check_text, read_records
     from kvplan.errors import DataError
     from kvplan.files import read_text
 
@@ -159,6 +155,7 @@ def _read(prompt: str | None, prompt_file: Path | None, data: Path | None) -> li
         prompt = prompt.removesuffix("\n").removesuffix("\r")
     if not prompt.strip():
         raise DataError(f"{where}: the prompt is empty")
+    check_text(prompt, where)
     return [Record(id="prompt", task="prompt", where=where, prompt=prompt)]
 
 
@@ -177,7 +174,7 @@ def _load(
     path: Path, policy: Policy, model: str | None, dtype: str | None, device: str, trust_remote_code: bool
 ) -> tuple[Any, Any, ModelSpec]:
     """The model to run: the one that was named, or that the policy names, or the bundled one if it is the policy's."""
-    from kvplan.errors import ModelError
+    from kvplan.errors import ModelError, PolicyError
     from kvplan.loading import load_model
     from kvplan.policy.serialize import check_model
 
@@ -199,18 +196,25 @@ def _load(
         raise ModelError(
             f"{path}: made for another model ({kind}) than {this} ({spec.fingerprint}); give it with --model"
         )
-    check_model(policy, spec)
+    try:
+        check_model(policy, spec)
+    except PolicyError as error:
+        raise PolicyError([f"{path}: {line}" for line in str(error).splitlines()]) from error
     return network, tokenizer, spec
 
 
-def _requests(records: Sequence[Record], tokenizer: Any, spec: ModelSpec, max_new_tokens: int | None) -> list[_Request]:
+def _requests(
+    records: Sequence[Record], network: Any, tokenizer: Any, spec: ModelSpec, max_new_tokens: int | None
+) -> list[_Request]:
     from kvplan.calibrate.requests import request_ids
+    from kvplan.loading import check_tokens
 
     requests = []
     for record in records:
         request = _Request(
             record, request_ids(record, tokenizer), max_new_tokens or record.max_new_tokens or DEFAULT_NEW_TOKENS
         )
+        check_tokens(network, request.ids, record.where)
         _check_length(request, spec.max_context_tokens)
         requests.append(request)
     return requests

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvplan.cli.console import MAX_SEED, MAX_TOKENS
+
 if TYPE_CHECKING:
     from kvplan.policy.schema import Target
 
@@ -16,7 +18,8 @@ def command(
     profile: Annotated[Path, typer.Option(help="What kvplan calibrate wrote.")] = Path("profile.json"),
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the policy.")] = Path("policy.yaml"),
     context: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens per row, for a target in bytes.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=MAX_TOKENS, help="Prompt tokens per row, for a target in bytes.", show_default=False),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows, for a target in bytes.", show_default="1 row")] = None,
     model: Annotated[
@@ -36,7 +39,7 @@ def command(
     timeout: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampler, and of the rows of a dataset.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampler, and of the rows of a dataset.")] = 0,
     storage: Annotated[
         Path | None,
         typer.Option(help="The search's own file; a killed search goes on from it.", show_default="beside the policy"),
@@ -53,13 +56,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Search the best policy under a memory target, and keep the best so far on disk."""
-    from kvplan.errors import DataError, PolicyError, ProfileError
+    from kvplan.errors import DataError, ProfileError
     from kvplan.files import check_writable
 
     target = parse_target(mem, context, batch)
-    check_writable(output)
-    if output.is_dir():
-        raise PolicyError(f"{output}: a folder; name a file")
+    check_writable(output, [profile, storage, *(data or [])])
 
     from kvplan.calibrate.profile import Profile
     from kvplan.search.budget import Protection

@@ -249,7 +249,7 @@ def markdown(result: Evaluation) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvplan.demo.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name("model"), help="the bundled one")
-    parser.add_argument("--n", type=int, default=128, help="documents per task and length")
+    parser.add_argument("--n", type=int, default=64, help="documents per task and length")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a document")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true")

@@ -12,6 +12,8 @@ from kvplan.errors import PolicyError
 
 Path = tuple[Any, ...]
 
+MAX_CHARACTERS = 2_000_000  # Room for the longest policy; a larger file would be parsed for minutes.
+
 # YAML 1.2's scalars. PyYAML reads 1.1, in which `on` is true, 017 is 15 and 12:30 is 750; editors read 1.2.
 _SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -97,8 +99,10 @@ def read(text: str, name: str) -> Document:
     """Parse `text`. Duplicate keys are noted in the document's problems, so that they are reported with the others.
 
     Raises:
-        PolicyError: not YAML, empty, several documents, or a tag, anchor or alias.
+        PolicyError: not YAML, empty, too long, several documents, or a tag, anchor or alias.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise PolicyError(f"{name}: not a policy: {len(text)} characters; at most {MAX_CHARACTERS} are read")
     document = Document(name)
     try:
         loader = _Loader(text)

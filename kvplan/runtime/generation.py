@@ -99,7 +99,7 @@ def generate(
 
     Raises:
         MemoryPlanExceeded: the cache holds more than the policy plans.
-        RuntimeLimitError: the batch does not fit on the device.
+        RuntimeLimitError: the batch does not fit on the device, or the scores to sample from are not numbers.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids, mask = _pad_left(prompts, pad, next(runtime.model.parameters()).device)
@@ -128,6 +128,12 @@ def generate(
         raise RuntimeLimitError(
             f"{len(prompts)} prompts of up to {ids.shape[1]} tokens do not fit in the memory of {ids.device}; "
             "run fewer together, or shorter ones"
+        ) from error
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise RuntimeLimitError(
+            f"the model's scores are nan or infinite in {runtime.spec.dtype}; try another --dtype or --temperature"
         ) from error
     ends = _end_tokens(runtime.model)
     report, held = cache.report(), [_row_bytes(cache, row) for row in range(len(prompts))]

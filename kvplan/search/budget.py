@@ -29,7 +29,7 @@ class Protection:
     def __post_init__(self) -> None:
         if self.min_slots < self.sink_tokens + self.recent_tokens:
             raise TargetError(
-                f"min_slots is {self.min_slots}; {self.sink_tokens} sink + {self.recent_tokens} recent tokens do not "
+                f"--min-slots is {self.min_slots}; {self.sink_tokens} sink + {self.recent_tokens} recent tokens do not "
                 f"fit; raise it to at least {self.sink_tokens + self.recent_tokens}"
             )
 
@@ -129,9 +129,15 @@ class Budget:
         else:
             smallest = -(-least * self.context_tokens // BASIS_POINTS) + self._window_bytes()
         share = -(-smallest * BASIS_POINTS // self.full_bytes)
+        if share > BASIS_POINTS:
+            raise TargetError(
+                f"{self.protection.min_slots} slots in each of {len(self.layers)} layers with {dearest.name} cost as "
+                f"much as the full cache of {self.context_tokens} prompt tokens; lower --min-slots, or plan for longer "
+                "prompts"
+            )
         asked = self.row_bytes * self.target.batch
         lowest = max(self.protection.sink_tokens + self.protection.recent_tokens, 1)
-        remedy = "raise --mem or lower min_slots" if self.protection.min_slots > lowest else "raise --mem"
+        remedy = "raise --mem or lower --min-slots" if self.protection.min_slots > lowest else "raise --mem"
         rows = f" and batch {self.target.batch}" if self.target.batch > 1 else ""
         raise TargetError(
             f"target {format_share(self.target.share) if self.target.share else format_bytes(asked)} is below the "

@@ -18,6 +18,7 @@ from kvplan.errors import StudyError
 
 IDENTITY = "identity"
 INTERRUPTED = "interrupted"
+_FIRST = b'{"op_code":'
 
 
 class _HeldLock(JournalFileOpenLock):
@@ -59,10 +60,18 @@ def open_study(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StudyError(f"{path}: another search is using it") from error
-        _drop_torn_line(path)
-        study = _load(path, plain, sampler_of)
-        _requeue_interrupted(study)
-        yield study
+        try:
+            _drop_torn_line(path)
+            study = _load(path, plain, sampler_of)
+            _requeue_interrupted(study)
+            yield study
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # The journal is the only file that is written through an open handle.
+            raise StudyError(
+                f"{path}: cannot write the search there ({error.strerror}); the same command goes on from it"
+            ) from error
 
 
 def _load(
@@ -92,6 +101,8 @@ def _load(
 def _drop_torn_line(path: Path) -> None:
     """A process killed while writing leaves half a line, which would spoil the next one."""
     data = path.read_bytes()
+    if not data[: len(_FIRST)].startswith(_FIRST[: len(data)]):
+        raise StudyError(f"{path}: not a search that kvplan wrote; give another --storage")  # and never cut it
     if data and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
 

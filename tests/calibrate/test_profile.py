@@ -137,13 +137,23 @@ def set_at(*path, value):
     [
         (set_at("kind", value="kvplan policy"), "not a kvplan profile"),
         (set_at("schema_version", value=2), "schema version 2 is not 1; it was made by a newer kvplan"),
-        (set_at("schema_version", value="x"), "schema version x is not 1"),
+        (set_at("schema_version", value="1"), "schema version '1' is not 1"),
         (set_at("extra", value=1), "extra: Extra inputs"),
         (lambda d: d.pop("layers"), "layers: Field required"),
         (lambda d: d["layers"].pop(), "layers: 2 layers; the model has 3"),
         (set_at("layers", 1, "cosine", "sum", value=[float("nan")]), r"layers.1.cosine.sum.0: .*finite"),
         (set_at("layers", 1, "cosine", "sum", value=[10**400]), "layers.1.cosine.sum.0"),
         (set_at("layers", 1, "cosine", "sum", value=[]), "layers.1.cosine: 0 sums"),
+        (
+            set_at("layers", 1, "cosine", "sum", value=[1e308]),
+            "layers.1.cosine: sums and squares contradict each other",
+        ),
+        (set_at("layers", 1, "cosine", "squares", value=[-5.0]), "layers.1.cosine: sums and squares contradict"),
+        (set_at("spec", "fingerprint", value="a\nb"), "spec.fingerprint: String should match"),
+        (
+            lambda d: [m.update(count=0) for s in d["sensitivity"]["moments"].values() for m in s.values()],
+            "sensitivity.moments.knorm.1000: measured on no prompt",
+        ),
         (set_at("layers", 1, "cosine", "sum", value="abc"), "layers.1.cosine.sum"),
         (set_at("layers", 0, "entropy", "count", value=4), "layers.0.entropy: a count of 4; there are 5 prompts"),
         (set_at("layers", 0, "key_sum", value="!!"), "layers.0.key_sum: not base64"),
@@ -191,6 +201,9 @@ def test_merge_refuses_what_is_not_a_shard(whole, shards):
         merge(shards[0], make([1], sensitivity=False))
     other = Profile.from_json(edited(shards[1], set_at("spec", "fingerprint", value="sha256:def")))
     with pytest.raises(ProfileError, match=r"different models .*abc.*def"):
+        merge(shards[0], other)
+    other = Profile.from_json(edited(shards[1], set_at("spec", "dtype", value="bfloat16")))
+    with pytest.raises(ProfileError, match="measured in float32 and bfloat16; calibrate with one --dtype"):
         merge(shards[0], other)
     other = Profile.from_json(edited(shards[1], set_at("settings", "sinks", value=9)))
     with pytest.raises(ProfileError, match="settings differ: sinks is 4 and 9"):

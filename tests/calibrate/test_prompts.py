@@ -191,6 +191,8 @@ OK = {"id": "a", "task": "t", "prompt": "The cat."}
         ([{"id": "a", "task": "t", "messages": [{"role": "u", "content": "x"}]}], "messages[0].role: unknown role 'u'"),
         ([{"id": "a", "task": "t", "messages": TURNS[1:]}], "messages[0].role: the first message is the prompt"),
         ([{**MESSAGES, "answer": "x"}], ":1: 'answer' goes with 'prompt'"),
+        (['{"id": "a", "max_new_tokens": ' + "9" * 5000 + "}"], ":1: not JSON (Exceeds the limit"),
+        (['{"id": "a", "task": "t", "prompt": "ab \\ud800"}'], ":1: prompt: character 4 is half a character"),
     ],
 )
 def test_a_malformed_file_is_one_line(write, lines, message):

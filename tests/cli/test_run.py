@@ -268,3 +268,28 @@ def test_chat_templates_hand_over_to_the_assistant(tiny_tokenizer: Any) -> None:
     assert tiny_tokenizer.decode(request_ids(talk, tiny_tokenizer)) == "a b"
     assert tiny_tokenizer.decode(request_ids(plain, tiny_tokenizer)) == "b"
     assert expected_answer(talk) == expected_answer(plain) == "c"
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_run("a \udcff b") == 2
+    assert "the prompt: character 3 is half a character" in capsys.readouterr().err
+
+
+def test_a_policy_or_data_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = records(here / "in.jsonl")
+    before = data.read_text()
+    for output in ("in.jsonl", "p.yaml"):
+        assert kvplan_run("--data", "in.jsonl", "-o", output) == 2
+        assert capsys.readouterr().err == f"error: {output}: this command reads that file; name another one to write\n"
+    assert data.read_text() == before
+
+
+def test_a_temperature_that_overflows_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_run("a", "--temperature", "1e-300") == 2
+    assert capsys.readouterr().err == "error: --temperature 1e-300 is too small; 0 takes the likeliest token\n"
+
+
+def test_a_policy_of_another_shape_is_named(here: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_policy(Policy(layers=(LAYER,) * 3), here / "p.yaml")
+    assert kvplan_run("a", "--model", folder) == 2
+    assert capsys.readouterr().err.startswith("error: p.yaml: the policy has 3 layers, the model 2; ")

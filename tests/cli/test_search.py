@@ -175,3 +175,15 @@ def test_a_command_has_the_options_that_its_errors_suggest(command: str, sources
     package = Path(kvplan.__file__).parent
     hinted = {hint for source in sources for hint in re.findall(r"--[a-z][a-z-]+", (package / source).read_text())}
     assert hinted <= options_of(command)
+
+
+def test_the_profile_is_not_written_over(faked: FakeScore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (("--profile", "x", "-o", "x"), ("--storage", "x", "-o", "./x")):
+        assert kvplan_search("--mem", "40%", *argv) == 2
+        assert "x: this command reads that file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [("--seed", "-1"), ("--seed", str(2**32)), ("--context", "9" * 23)])
+def test_numbers_out_of_range_are_usage_errors(faked: FakeScore, argv: tuple[str, ...]) -> None:
+    assert kvplan_search("--mem", "1GiB", *argv) == 2

@@ -366,6 +366,10 @@ def test_bad_yaml_is_one_policy_error(text):
     assert len(problems(text)) == 1 or "cannot be a key" in problems(text)[0]
 
 
+def test_an_endless_file_is_refused_before_it_is_parsed():
+    assert problems("#" * 3_000_000) == ["p.yaml: not a policy: 3000000 characters; at most 2000000 are read"]
+
+
 def test_every_problem_is_reported_at_once():
     text = layers(
         "0-3: {slots: on}", "3-4: {slots: 64, evictor: snapvk}", "6: {slots: 8}", "6: {slots: 9}", "7: {shares: 7}"

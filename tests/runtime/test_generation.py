@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvplan.runtime.cache
-from kvplan.errors import MemoryPlanExceeded
+from kvplan.errors import MemoryPlanExceeded, RuntimeLimitError
 from kvplan.methods.evictors.h2o import H2O
 from kvplan.methods.evictors.snapkv import SnapKV
 from kvplan.policy.memory import plan
@@ -108,3 +108,10 @@ def test_bytes_above_the_plan_are_an_error(
     monkeypatch.setattr(kvplan.runtime.cache, "plan", lambda p, s, rows, n: plan(p, s, [r - 1 for r in rows], n))
     with pytest.raises(MemoryPlanExceeded, match="the cache holds .* the plan allows"):
         run(tiny_llama, tiny_tokenizer, policy(), prompts())
+
+
+def test_scores_that_cannot_be_sampled_are_one_line(tiny_llama: Any, tiny_tokenizer: Any) -> None:
+    overflowing = copy.deepcopy(tiny_llama)
+    torch.nn.init.constant_(overflowing.lm_head.weight, float("inf"))
+    with pytest.raises(RuntimeLimitError, match="the model's scores are nan or infinite in float32; try another"):
+        run(overflowing, tiny_tokenizer, policy(), prompts()[:1], temperature=1.0)

@@ -120,12 +120,17 @@ def test_warm_starts_are_distinct_points_within_the_ranges() -> None:
         (
             Target(share=500),
             "target 5% is below the smallest policy: 7.2% or 72.00 KiB (64 slots in each of 8 layers with h2o, at 1000 "
-            "prompt tokens); raise --mem or lower min_slots",
+            "prompt tokens); raise --mem or lower --min-slots",
         ),
         (
             Target(bytes=50_000, context_tokens=1000, batch=2),
             "target 48.83 KiB is below the smallest policy: 7.2% or 144.00 KiB (64 slots in each of 8 layers with h2o, "
-            "at 1000 prompt tokens and batch 2); raise --mem or lower min_slots",
+            "at 1000 prompt tokens and batch 2); raise --mem or lower --min-slots",
+        ),
+        (
+            Target(bytes=10_000, context_tokens=64),
+            "64 slots in each of 8 layers with h2o cost as much as the full cache of 64 prompt tokens; lower "
+            "--min-slots, or plan for longer prompts",
         ),
     ],
 )
@@ -153,6 +158,6 @@ def test_unmeasured_evictors_are_refused() -> None:
 
 def test_protection_that_does_not_fit_is_refused() -> None:
     with pytest.raises(
-        TargetError, match="min_slots is 10; 4 sink \\+ 16 recent tokens do not fit; raise it to at least 20"
+        TargetError, match="--min-slots is 10; 4 sink \\+ 16 recent tokens do not fit; raise it to at least 20"
     ):
         Protection(min_slots=10)

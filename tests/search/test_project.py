@@ -41,7 +41,8 @@ def test_projecting_twice_changes_nothing(problem: tuple) -> None:
 def test_layers_between_their_bounds_keep_their_proportions(problem: tuple) -> None:
     raw, _, total, floor, cap = problem
     units = project(raw, [1] * len(raw), max(total // 600, sum(floor)), floor, cap)
-    free = [i for i in range(len(raw)) if floor[i] + 1 < units[i] < cap[i] - 1 and raw[i] > 0]
+    least = 1e-9 * max(raw)  # below it a weight counts as `least`, lest it be 0
+    free = [i for i, r in enumerate(raw) if floor[i] + 1 < units[i] < cap[i] - 1 and r > least]
     for i in free:
         for j in free:
             assert abs(units[j] - units[i] * raw[j] / raw[i]) <= 1.001 * (raw[j] / raw[i] + 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 from search_fakes import FakeProfile, FakeScore, total_kl
 
 from kvplan.errors import StudyError, TargetError
@@ -202,3 +204,24 @@ def test_a_long_search_uses_tpe() -> None:
 
     assert isinstance(_sampler(251, 0, 0), optuna.samplers.TPESampler)
     assert isinstance(_sampler(250, 0, 0), optuna.samplers.GPSampler)
+
+
+@pytest.mark.parametrize("data", [b"weights without a line end", b'{"op', b""])
+def test_only_half_a_journal_line_is_ever_cut(tmp_path: Path, data: bytes) -> None:
+    storage = tmp_path / "x"
+    storage.write_bytes(data)
+    if data.startswith(b"w"):
+        with pytest.raises(StudyError, match="not a search that kvplan wrote"):
+            run(FakeScore(), storage=storage, trials=1)
+        assert storage.read_bytes() == data
+    else:
+        run(FakeScore(), storage=storage, trials=1)
+
+
+def test_a_full_disk_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, logs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    with pytest.raises(StudyError, match=r"s: cannot write the search there \(No space left on device\)"):
+        run(FakeScore(), storage=tmp_path / "s", trials=1)
