@@ -385,7 +385,8 @@ def test_a_problem_is_one_line_whatever_the_key():
 
 
 def test_a_sliding_layer_protects_no_sinks():
-    parse_policy(layers("0: {slots: 16, evictor: sliding}"))
+    policy = parse_policy(layers("0: {slots: 16, evictor: sliding}"))
+    assert policy.layers[0].protected_sinks == 0
 
 
 def test_check_policy_holds_code_to_the_rules_of_files():
