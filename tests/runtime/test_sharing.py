@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from families import model, prompts
@@ -82,7 +84,7 @@ def test_steps_equal_blocks_when_a_shared_layer_reads_an_evicting_one(name: str)
         with kvplan.attach(made, policy_of({1: 0, 3: 2}, own)) as runtime, torch.no_grad():
             cache = runtime.new_cache()
             parts = [made(ids[:, :25], past_key_values=cache).logits]
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in pairwise(cuts):
                 at = torch.arange(start, stop)[None]
                 parts.append(made(ids[:, start:stop], position_ids=at, past_key_values=cache).logits)
             outputs.append(torch.cat(parts, 1))
