@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -48,4 +49,6 @@ app.add_typer(profile.app, name="profile")
 
 def main() -> None:
     """The `kvplan` script."""
+    # OpenMP reads it when torch is imported: threads that spin while they wait starve each other on shared cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_app(app, sys.argv[1:]))
