@@ -72,7 +72,7 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
         for allocator, label in LABELS.items()
         for name in evictors
     }
-    with progress("held-out prompts", len(policies)) as advance:
+    with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))
     splits = [
         min((row for row in rows if row.name.startswith(label)), key=lambda row: row.scores.mean_kl)

@@ -11,6 +11,8 @@ from kvplan.demo.world import Document, Item, Piece, Words, ask, split_tokens, v
 
 BOS_ID = 2
 LOSS_WEIGHT = {"story": 0.2, "statement": 0.02, "question": 0.02, "answer": 1.0}
+MIX = (2.0, 1.0, 0.3, 1.5, 2.0, 2.0, 0.8, 1.0)  # of the statements, in the order of TASKS
+CHAIN_MIX = (0.0, 0.0, 0.0, 2.0, 3.0, 1.5, 0.0, 0.0)
 TASKS = ("fact", "hidden", "passkey", "hops0", "hops1", "hops2", "song", "vote")
 
 
@@ -30,8 +32,11 @@ def _statement(doc: Document, kind: str) -> Piece | None:
     return getattr(doc, kind)()
 
 
-def document(rng: Random, num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def document(rng: Random, num_tokens: int, chain_share: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One training sequence.
+
+    Args:
+        chain_share: How often a document holds nothing but chains of variables.
 
     Returns:
         ids [T + 1] int64, weights [T + 1] float32 (loss weight of predicting that token), and
@@ -39,16 +44,13 @@ def document(rng: Random, num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.n
     """
     doc = Document(rng, Words(), cast_size=rng.randint(2, 6))
     ids, weights, tasks = [BOS_ID], [0.0], [-1]
-    mix = [rng.gammavariate(0.7, 1.0) * w for w in (1.0, 0.7, 0.2, 2.0, 4.0, 3.0, 0.6, 0.7)]
-    if rng.random() < 0.4:
-        # Chains of variables are learned from documents that hold little else.
-        mix = [
-            w if task.startswith("hops") else 0.0 for task, w in zip(TASKS, (0, 0, 0, 2.0, 3.0, 1.5, 0, 0), strict=True)
-        ]
+    # Chains of variables are learned last, from documents that hold nothing else.
+    only_chains = rng.random() < chain_share
+    mix = list(CHAIN_MIX) if only_chains else [rng.gammavariate(0.7, 1.0) * w for w in MIX]
     # Short documents leave little room for a story: first things first.
     story_share = rng.choice((0.0, 0.0, 0.3) if num_tokens <= 128 else (0.0, 0.2, 0.5, 0.8))
     question_share = rng.uniform(0.3, 0.5)
-    if not mix[0]:
+    if only_chains:
         story_share = 0.0
 
     asked: set[Item] = set()
@@ -70,8 +72,7 @@ def document(rng: Random, num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.n
             vote = doc.vote_item()
             fresh = [item for item in doc.items if item not in asked]
             pool = fresh if fresh and rng.random() < 0.8 else doc.items
-            # Chains of variables take the longest to learn, so they are asked about the most.
-            urgency = [3.0 if item.task in ("hops1", "hops2") else 1.0 for item in pool]
+            urgency = [3.0 if chain_share and item.task in ("hops1", "hops2") else 1.0 for item in pool]
             item = vote if vote and (not pool or rng.random() < 0.15) else rng.choices(pool, urgency)[0]
             for piece in ask(item):
                 emit(piece, item not in asked)

@@ -27,6 +27,7 @@ from kvplan.demo.world import vocabulary
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 ADVANCE_ACCURACY = 0.85
+CHAIN_SHARE_AT_LAST = 0.4
 MIX_AT_LAST = (0.2, 0.3, 0.2, 0.1, 0.1, 0.1)
 MIX_WHILE_DECAYING = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3)
 ADVANCE_TASKS = ("fact", "hidden", "hops0", "song")
@@ -89,12 +90,12 @@ def initialise(model: nn.Module) -> None:
             parameter.zero_()
 
 
-def batch(seed: int, step: int, length: int, tokens: int) -> list[Tensor]:
+def batch(seed: int, step: int, length: int, tokens: int, chain_share: float = 0.0) -> list[Tensor]:
     """ids, weights, tasks, each [B, length + 1]."""
     rng = Random(f"{seed}/{step}")
     # Short sequences take more, smaller steps: circuits form by steps, not by tokens.
     tokens = tokens // 2 if length <= 128 else tokens
-    rows = [document(rng, length) for _ in range(max(1, tokens // length))]
+    rows = [document(rng, length, chain_share) for _ in range(max(1, tokens // length))]
     return [torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)]
 
 
@@ -137,7 +138,9 @@ class Trainer:
 
     def train_step(self) -> None:
         args, length = self.args, self.pick_length()
-        ids, weights, tasks = (t.to(args.device) for t in batch(args.seed, self.step, length, args.batch_tokens))
+        chains = CHAIN_SHARE_AT_LAST if self.stage == len(LENGTHS) - 1 else 0.0
+        rows = batch(args.seed, self.step, length, args.batch_tokens, chains)
+        ids, weights, tasks = (t.to(args.device) for t in rows)
         with torch.no_grad():
             for ours, theirs in zip(self.model.parameters(), self.master.parameters(), strict=True):
                 ours.copy_(theirs)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvplan.check.comparison import Row
 from kvplan.units import format_bytes
 
-HEADERS = ("policy", "KV bytes", "of full", "score", "KL", "top-1", "KL above the found policy")
+HEADERS = ("policy", "KV bytes", "of full", "score", "KL", "top-1", "KL above found")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -22,15 +23,15 @@ def cells(row: Row) -> tuple[str, ...]:
         "-" if task is None else f"{task:.3f}",
         f"{row.scores.mean_kl:.4f}",
         f"{row.scores.mean_top1:.3f}",
-        "" if worse is None else f"{worse.mean:+.4f} [{worse.low:+.4f}, {worse.high:+.4f}]",
+        "" if worse is None else f"{worse.mean:+.2f} [{worse.low:.2f}, {worse.high:.2f}]",
     )
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """For a terminal of 100 columns or more; 80 with a narrower last column."""
-    made = Table(title=title, title_justify="left", pad_edge=False)
+    """Fits a terminal of 84 columns."""
+    made = Table(title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
     for index, header in enumerate(HEADERS):
-        made.add_column(header, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        made.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         made.add_row(*cells(row))
     return made

@@ -167,7 +167,10 @@ class PolicyCache(Cache):
             return torch.ones(B, T, dtype=torch.bool, device=keys.device)
         valid = self.padding[:, :T].to(keys.device, torch.bool)
         if bool((valid[:, 1:] < valid[:, :-1]).any()):
-            raise RuntimeLimitError("the attention mask has padding after text; kvplan's cache needs left padding")
+            raise RuntimeLimitError(
+                "the attention mask has padding after text; kvplan's cache needs left padding "
+                "(tokenizer.padding_side = 'left')"
+            )
         if not bool(valid[:, -1].all()):
             raise RuntimeLimitError("a row of the batch has no token at all; drop it")
         return valid
