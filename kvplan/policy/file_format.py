@@ -144,8 +144,11 @@ def _evictor(value: Any) -> Evictor:
         raise Problems([((name,), str(error), False)]) from error
 
 
-def _integer(low: int, high: int | None = None) -> Any:
-    return Annotated[int, Field(ge=low, le=high)]
+# Absent fields are told by `model_fields_set`; this default is never read as a value.
+_ABSENT: Any = None
+_FromZero = Annotated[int, Field(ge=0)]
+_FromOne = Annotated[int, Field(ge=1)]
+_LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 
 
 def _one_or_each_schema() -> dict[str, Any]:
@@ -166,16 +169,16 @@ class ModelBlock(BaseModel):
     name: str = Field(
         default="", description="The model's folder or hub id: what `kvplan run` loads when it is given no `--model`."
     )
-    layers: _integer(1, MAX_LAYERS) = Field(description="Decoder layers.")  # type: ignore[valid-type]
+    layers: _LayerCount = Field(description="Decoder layers.")
     kv_heads: _Each = Field(description="KV heads per layer; a list of those that occur where layers differ.")
     head_dim: _Each = Field(description="Channels of a key; a list of those that occur where layers differ.")
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = Field(description="What keys and values are held in.")
     window: _Each = Field(
-        default=None,
+        default=_ABSENT,
         description="The model's own sliding window in tokens; a list of those that occur where layers differ.",
     )
     window_layers: Annotated[Any, PlainValidator(_layers), WithJsonSchema(_LAYERS_SCHEMA)] = Field(
-        default=None, description="The layers with that window, as in '0,2-3'; all others attend to everything."
+        default=_ABSENT, description="The layers with that window, as in '0,2-3'; all others attend to everything."
     )
     fingerprint: str = Field(default="", description="Hash of config and weights.")
 
@@ -203,15 +206,13 @@ class TargetBlock(BaseModel):
 
     model_config = _STRICT
     share: Annotated[Any, PlainValidator(_share), WithJsonSchema(_Percent)] = Field(
-        default=None, description="Share of the full cache, like 40%."
+        default=_ABSENT, description="Share of the full cache, like 40%."
     )
     bytes: Annotated[Any, PlainValidator(_bytes), WithJsonSchema({"type": ["string", "integer"]})] = Field(
-        default=None, description="Bytes at `context_tokens` and `batch`, like 512MiB or 1.5GiB."
+        default=_ABSENT, description="Bytes at `context_tokens` and `batch`, like 512MiB or 1.5GiB."
     )
-    context_tokens: _integer(1) = Field(  # type: ignore[valid-type]
-        default=None, description="Prompt tokens of a row that the bytes hold for."
-    )
-    batch: _integer(1) = Field(default=1, description="Rows that the bytes hold for.")  # type: ignore[valid-type]
+    context_tokens: _FromOne = Field(default=_ABSENT, description="Prompt tokens of a row that the bytes hold for.")
+    batch: _FromOne = Field(default=1, description="Rows that the bytes hold for.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TargetBlock:
@@ -231,16 +232,16 @@ class LayerBlock(BaseModel):
         Any,
         PlainValidator(_slots),
         WithJsonSchema({"anyOf": [{"const": "full"}, {"type": "integer", "minimum": 1}, _Percent]}),
-    ] = Field(default=None, description="full, tokens per KV head, or a percentage of the prompt.")
-    sink_tokens: _integer(0) = Field(default=None, description="First tokens that are never evicted.")  # type: ignore[valid-type]
-    recent_tokens: _integer(1) = Field(  # type: ignore[valid-type]
-        default=None, description="Last tokens that are never evicted, the current one included."
+    ] = Field(default=_ABSENT, description="full, tokens per KV head, or a percentage of the prompt.")
+    sink_tokens: _FromZero = Field(default=_ABSENT, description="First tokens that are never evicted.")
+    recent_tokens: _FromOne = Field(
+        default=_ABSENT, description="Last tokens that are never evicted, the current one included."
     )
-    min_slots: _integer(1) = Field(default=None, description="Floor of a percentage, in tokens.")  # type: ignore[valid-type]
+    min_slots: _FromOne = Field(default=_ABSENT, description="Floor of a percentage, in tokens.")
     evictor: Annotated[Any, PlainValidator(_evictor), WithJsonSchema({})] = Field(
-        default=None, description="Which tokens stay: a name, or a name with parameters."
+        default=_ABSENT, description="Which tokens stay: a name, or a name with parameters."
     )
-    shares: _integer(0) = Field(default=None, description="Earlier layer whose cache this one reads.")  # type: ignore[valid-type]
+    shares: _FromZero = Field(default=_ABSENT, description="Earlier layer whose cache this one reads.")
 
     @model_validator(mode="after")
     def _own_or_shared(self) -> LayerBlock:
@@ -260,11 +261,9 @@ class PolicyFile(BaseModel):
 
     model_config = _STRICT
     kvplan: Literal[1] = Field(description="Format version.")
-    model: ModelBlock = Field(  # type: ignore[assignment]
-        default=None, description="The model that the policy is for."
-    )
-    target: TargetBlock = Field(  # type: ignore[assignment]
-        default=None, description="What the plan was made for; absent in a policy written by hand."
+    model: ModelBlock = Field(default=_ABSENT, description="The model that the policy is for.")
+    target: TargetBlock = Field(
+        default=_ABSENT, description="What the plan was made for; absent in a policy written by hand."
     )
     layers: dict[Any, LayerBlock] = Field(
         description="Keys are layers: 5, 0-3 or '4,6-7'.",
