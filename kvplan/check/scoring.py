@@ -16,7 +16,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.runtime.attach import attach
 from kvplan.runtime.cache import PolicyCache
-from kvplan.runtime.replay import PromptCapture, capture, forward, positions_of, replay
+from kvplan.runtime.replay import PromptCapture, capture, forward, prefill, replay
 from kvplan.stats import PromptScores
 
 
@@ -130,10 +130,9 @@ class Scorer:
         self, policy: Policy, batch: _Batch
     ) -> tuple[dict[int, tuple[float, float, float, float]], int, int]:
         with attach(self.model, policy, self.spec) as runtime:
-            if any(layer.shares is not None for layer in policy.layers):
+            if policy.chunked or any(layer.shares is not None for layer in policy.layers):
                 cache = runtime.new_cache()
-                valid = batch.prompt.valid
-                last = forward(runtime, cache, batch.ids, positions_of(valid), valid, last_only=True)[:, -1]
+                last = prefill(runtime, cache, batch.ids, batch.prompt.valid)
             else:
                 cache, last = replay(runtime, batch.prompt), batch.prompt.last_logits
             held, full = cache.kv_bytes, cache.full_kv_bytes

@@ -194,18 +194,18 @@ ONE_PROBLEM = {
     "unknown top key": (
         "kvplan: 1\ntraget: {share: 40%}\nlayers: {0: {slots: full}}\n",
         "p.yaml:2:1: traget: unknown key 'traget'; did you mean 'target'? "
-        "(known: kvplan, model, target, layers, provenance)",
+        "(known: kvplan, model, target, prefill, layers, provenance)",
     ),
     "no layers": ("kvplan: 1\n", "p.yaml:1:1: layers: is required"),
     "unknown layer key": (
         layers("0: {slots: 64, evicter: tova}"),
         "p.yaml:3:18: layers.0.evicter: unknown key 'evicter'; did you mean 'evictor'? "
-        "(known: slots, sink_tokens, recent_tokens, min_slots, evictor, shares)",
+        "(known: slots, sink_tokens, recent_tokens, min_slots, evictor, head_split, merger, channels, codec, shares)",
     ),
     "unknown evictor": (
         layers("0-3: {slots: full}", "4-15: {slots: 64, evictor: snapvk}"),
         "p.yaml:4:30: layers.4-15.evictor: unknown evictor 'snapvk'; did you mean 'snapkv'? "
-        "(known: h2o, knorm, sliding, snapkv, streaming, tova)",
+        "(known: corm, h2o, knorm, sliding, snapkv, streaming, tova)",
     ),
     "unknown parameter": (
         layers("0: {slots: 64, evictor: {snapkv: {window: 8}}}"),
@@ -231,7 +231,8 @@ ONE_PROBLEM = {
     ),
     "evictor by number": (
         layers("0: {slots: 64, evictor: {5: {}}}"),
-        "p.yaml:3:27: layers.0.evictor: unknown evictor '5' (known: h2o, knorm, sliding, snapkv, streaming, tova)",
+        "p.yaml:3:27: layers.0.evictor: unknown evictor '5' "
+        "(known: corm, h2o, knorm, sliding, snapkv, streaming, tova)",
     ),
     "overlap": (
         layers("0-3: {slots: full}", "2-5: {slots: 64}"),
