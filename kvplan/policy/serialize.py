@@ -157,7 +157,7 @@ def _named(indices: list[int]) -> str:
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write a policy file, whole or not at all.
+    """Write a policy file, whole or not at all; it points editors to the schema where that lies beside it.
 
     Raises:
         PolicyError: the policy could not be read back.
@@ -165,6 +165,8 @@ def save_policy(policy: Policy, path: str | Path) -> None:
     """
     text = dump_policy(policy)
     parse_policy(text, str(path))
+    if (Path(path).parent / SCHEMA_FILE).is_file():
+        text = f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n{text}"
     write_text(Path(path), text)
 
 
@@ -174,7 +176,7 @@ def dump_policy(policy: Policy) -> str:
     Raises:
         PolicyError: `model` or `provenance` holds something that is not plain data.
     """
-    lines = [f"# yaml-language-server: $schema=./{SCHEMA_FILE}", f"kvplan: {FORMAT_VERSION}"]
+    lines = [f"kvplan: {FORMAT_VERSION}"]
     if policy.model:
         lines.append(f"model: {_flow(_plain(policy.model, 'model'))}")
     if policy.target is not None:

@@ -12,7 +12,15 @@ from kvplan.methods.evictors.tova import TOVA
 from kvplan.methods.params import Choice, search_ranges
 from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots, Target
-from kvplan.policy.serialize import check_model, check_policy, dump_policy, load_policy, parse_policy, save_policy
+from kvplan.policy.serialize import (
+    SCHEMA_FILE,
+    check_model,
+    check_policy,
+    dump_policy,
+    load_policy,
+    parse_policy,
+    save_policy,
+)
 
 ONE = {"layers": 1, "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"}
 MODEL = "model: {layers: 8, kv_heads: 2, head_dim: 32, dtype: bfloat16}\n"
@@ -135,7 +143,7 @@ def test_equal_layers_become_one_readable_entry():
     policy = Policy(
         layers=(*(LayerPolicy(),) * 4, window, LayerPolicy(shares=4), window, window), target=Target(share=4000)
     )
-    assert dump_policy(policy).splitlines()[1:] == [
+    assert dump_policy(policy).splitlines() == [
         "kvplan: 1",
         "target: {share: 40%}",
         "layers:",
@@ -144,7 +152,6 @@ def test_equal_layers_become_one_readable_entry():
         "evictor: {snapkv: {window_tokens: 16}}}",
         "  5: {shares: 4}",
     ]
-    assert dump_policy(policy).startswith("# yaml-language-server: $schema=")
 
 
 def test_target_bytes_are_exact():
@@ -158,6 +165,16 @@ def test_save_then_load(tmp_path):
     policy = Policy(layers=(LayerPolicy(slots=Slots(100), evictor=TOVA()),))
     save_policy(policy, tmp_path / "p.yaml")
     assert load_policy(tmp_path / "p.yaml") == policy
+
+
+def test_a_file_points_to_the_schema_only_where_it_lies_beside_it(tmp_path):
+    policy, path = Policy(layers=(LayerPolicy(),)), tmp_path / "p.yaml"
+    save_policy(policy, path)
+    assert path.read_text().startswith("kvplan: 1\n")
+    (tmp_path / SCHEMA_FILE).write_text("{}")
+    save_policy(policy, path)
+    assert path.read_text() == f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n{dump_policy(policy)}"
+    assert load_policy(path) == policy
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path):
