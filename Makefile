@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate policies test lint format format-check types imports check wheel clean data
+.PHONY: help install dev demo bench-calibrate bench-gpu policies test lint format format-check types imports check wheel clean data
 
 export KVPLAN_TORCH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -56,6 +56,11 @@ demo: $(INSTALLED)
 
 bench-calibrate: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibrate.py
+
+# On a machine with a GPU: make KVPLAN_TORCH=default install && .venv/bin/pip install -c constraints.txt -e '.[gpu]'
+bench-gpu: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/python benchmarks/gpu.py --out build/gpu.json
 
 # The shipped policies, remade from the bundled model and data.
 policies: $(INSTALLED)
