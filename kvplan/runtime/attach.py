@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvplan.errors import RuntimeLimitError
@@ -32,6 +33,43 @@ class Runtime:
     def new_cache(self) -> PolicyCache:
         """An empty cache for one batch of sequences."""
         return PolicyCache(self.policy, self.spec, self.attached)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        compiled: bool = False,
+    ) -> Tensor:
+        """Generate on a cache of its own.
+
+        Args:
+            input_ids: [B, T] int64, padded on the left.
+            attention_mask: [B, T], 0 on padding; None: no padding.
+            temperature: 0 takes the likeliest token.
+            compiled: Capture the decode step: `torch.compile` on a CPU (a minute to compile, then faster steps), a CUDA
+                graph on a GPU. Needs plain slots, as many in every row.
+
+        Returns:
+            [B, T + n] int64; rows that met an end token go on until all have (compiled: a few more).
+
+        Raises:
+            RuntimeLimitError: `compiled`, and the policy or the batch has no fixed shape.
+        """
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        if not compiled:
+            return self.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                past_key_values=self.new_cache(),
+                max_new_tokens=max_new_tokens,
+                **sampling,
+            )
+        from kvplan.runtime.compiled import generate_compiled  # it needs this module
+
+        return generate_compiled(self, input_ids, attention_mask, max_new_tokens, temperature)
 
 
 class _NoProjection(nn.Module):

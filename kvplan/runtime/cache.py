@@ -264,6 +264,11 @@ class PolicyCache(Cache):
         return self.layers[self.policy.source(0)]
 
     @property
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each row's prompt."""
+        return self._owner.prompt_lengths
+
+    @property
     def kv_bytes(self) -> int:
         """Storage bytes held now, side arrays included."""
         return sum(sum(layer.bytes_by_kind().values()) for layer in self.layers)
