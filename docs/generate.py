@@ -12,16 +12,22 @@ import sys
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed will do
 
+from kvplan.methods.channels import channel_selectors
+from kvplan.methods.codecs import Codec, codecs
 from kvplan.methods.evictors import Evictor, Signal, evictors
+from kvplan.methods.head_splits import head_splits
+from kvplan.methods.mergers import mergers
 from kvplan.methods.params import Choice, search_ranges
 from kvplan.model_spec import ModelSpec
 from kvplan.policy import memory
+from kvplan.policy.compositions import CHUNK_RULES, RULES, Rule
 from kvplan.policy.schema import LayerPolicy, Policy, Slots, Target
 from kvplan.policy.serialize import SCHEMA_FILE, json_schema
+from kvplan.registry import Registry
 
 DOCS = Path(__file__).resolve().parent
 HELP_WIDTH = 100
@@ -34,7 +40,7 @@ target: {share: 40%}
 layers:
   0-1: {slots: full}
   2-5: {slots: 35%, sink_tokens: 4, recent_tokens: 16, min_slots: 64, evictor: {snapkv: {window_tokens: 16}}}
-  "6": {slots: 512, sink_tokens: 4, recent_tokens: 16, evictor: tova}
+  "6": {slots: 512, sink_tokens: 4, recent_tokens: 16, evictor: tova, codec: {keys: int8, values: fp8}}
   "7": {shares: 5}
 """
 
@@ -101,7 +107,7 @@ def default_of(cls: type, name: str, required: bool) -> str:
     value = match.default
     if match.default_factory is not dataclasses.MISSING:
         value = match.default_factory()
-    if isinstance(value, Evictor):
+    if isinstance(value, (Evictor, Codec)):
         return f"`{value.name}`"
     if isinstance(value, Slots):
         return ""  # a layer has `slots` or `shares`
@@ -121,7 +127,11 @@ def fields(block: Mapping[str, Any], where: str, sources: tuple[type, ...], sche
             told = meanings.get(name, told)
         if told is None:
             raise SystemExit(f"docs/generate.py: {where}.{name} is described nowhere; give it a description")
-        value = "a name, or one name with its parameters" if name == "evictor" else kind(node, schema["$defs"])
+        value = kind(node, schema["$defs"])
+        if name in ("evictor", "head_split", "merger", "channels"):
+            value = "a name, or one name with its parameters"
+        elif name == "codec":
+            value = "the same for both, or `{keys: ..., values: ...}`"
         if name == "bytes":
             value = "size like `512MiB` or `1.5GiB`"
         if value.endswith("list of integer, at least 1"):
@@ -163,12 +173,16 @@ def storage(cls: type[Evictor]) -> str:
 def type_of(cls: type, name: str) -> str:
     """A parameter's type, for people; the values of a `Literal`."""
     hint = typing.get_type_hints(cls)[name]
-    choices = typing.get_args(hint)
-    return ", ".join(f"`{value}`" for value in choices) if choices else hint.__name__
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    options = [option for option in typing.get_args(hint) if option is not type(None)] or [hint]
+    return " or ".join(
+        ", ".join(f"`{value}`" for value in typing.get_args(option)) or option.__name__ for option in options
+    )
 
 
-def evictor_section(name: str) -> Iterator[str]:
-    cls = evictors[name]
+def method_section(registry: Registry[Any], name: str) -> Iterator[str]:
+    cls = registry[name]
     yield f"### `{name}`\n"
     yield (inspect.getdoc(cls) or "").split("\n")[0] + "\n"
     source, differs = paper(cls), notes(cls)
@@ -176,7 +190,8 @@ def evictor_section(name: str) -> Iterator[str]:
         yield f"- Paper: {source}."
     if differs:
         yield f"- {differs}"
-    yield f"- Reads: {needs(cls)}. Stores: {storage(cls)}."
+    if registry is evictors:
+        yield f"- Reads: {needs(cls)}. Stores: {storage(cls)}."
     parameters = dataclasses.fields(cls)
     if not parameters:
         yield "- No parameters.\n"
@@ -191,6 +206,15 @@ def evictor_section(name: str) -> Iterator[str]:
             told = "" if span is None else f"{span.low} to {span.high}"
         rows.append((f"`{f.name}`", type_of(cls, f.name), f"`{f.default}`", told, meanings.get(f.name, "")))
     yield "\n" + table(*rows) + "\n"
+
+
+def method_sections(registry: Registry[Any]) -> str:
+    return "\n".join(line for name in registry for line in method_section(registry, name)).rstrip()
+
+
+def rules_table(rules: tuple[Rule, ...]) -> str:
+    rows = [(f"`{rule.field}`", rule.found, rule.reason) for rule in rules]
+    return table(("to change", "what cannot run", "why, and what can"), *rows)
 
 
 def policy_page() -> str:
@@ -221,6 +245,12 @@ def policy_page() -> str:
         definitions["TargetBlock"]["description"]
         + " It has either `share` or `bytes`. It records what was asked for; only `layers` decides what is held.",
         fields(definitions["TargetBlock"], "target", (Target,), schema),
+        "## `prefill`",
+        definitions["PrefillBlock"]["description"]
+        + " In chunks the peak is the slots plus one chunk, not one layer's whole prompt, and later chunks see what "
+        "earlier ones left: another policy than the same one at once, to be searched and checked as such. A percentage "
+        "is of the tokens so far; the prompt ends with the first forward that is not a whole chunk.",
+        fields(definitions["PrefillBlock"], "prefill", (Policy,), schema),
         "## `layers`",
         "Keys name layers, counted from 0: `5`, `0-3` or `'4,6-7'`. Each layer is named exactly once; the reader "
         "refuses gaps and overlaps. A layer has either `slots` or `shares`, and `shares` stands alone.",
@@ -237,7 +267,25 @@ def policy_page() -> str:
         "## Evictors",
         "`evictor: NAME`, or `evictor: {NAME: {PARAMETER: VALUE}}`. Usual ranges are advice, not limits. "
         "How they compare, and how they were checked, is in [methods.md](methods.md).",
-        "\n".join(line for name in evictors for line in evictor_section(name)).rstrip(),
+        method_sections(evictors),
+        "## Head splits",
+        "`head_split: NAME`, written like an evictor. Without one the heads get what `slots` says, evenly or per head.",
+        method_sections(head_splits),
+        "## Mergers",
+        "`merger: NAME`.",
+        method_sections(mergers),
+        "## Channel selectors",
+        "`channels: NAME`.",
+        method_sections(channel_selectors),
+        "## Codecs",
+        "`codec: NAME` for keys and values, or `codec: {keys: NAME, values: NAME}`, each with parameters like an "
+        "evictor; what is left out is `dense`.",
+        method_sections(codecs),
+        "## What cannot run together",
+        "Everything else can. The order inside a layer is: share, evict and merge, prune channels, encode.",
+        rules_table(RULES),
+        "With `prefill: {chunk_tokens: N}` also not:",
+        rules_table(CHUNK_RULES),
     ]
     return "\n\n".join(parts) + "\n"
 

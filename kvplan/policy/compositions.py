@@ -116,7 +116,7 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
-_CHUNK_RULES: tuple[Rule, ...] = (
+CHUNK_RULES: tuple[Rule, ...] = (
     Rule(
         "codec",
         "chunked prefill with groups of tokens or pruned channels",
@@ -150,7 +150,7 @@ def chunk_problems(policy: Policy) -> Iterator[tuple[int, str, str]]:
         return
     for index, layer in enumerate(policy.layers):
         if layer.shares is None:
-            yield from ((index, field, told) for field, told in _broken(_CHUNK_RULES, layer))
+            yield from ((index, field, told) for field, told in _broken(CHUNK_RULES, layer))
 
 
 def _broken(rules: tuple[Rule, ...], layer: LayerPolicy) -> Iterator[tuple[str, str]]:
