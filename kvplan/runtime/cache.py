@@ -16,7 +16,7 @@ from kvplan.policy.layout import evicts
 from kvplan.policy.memory import BytesPlan, plan
 from kvplan.policy.schema import Policy
 from kvplan.runtime.kernels.dense import AttentionArgs
-from kvplan.runtime.kernels.stored import Part
+from kvplan.runtime.kernels.parts import Part
 from kvplan.runtime.layers.base import PolicyLayer, Seen, attend_seen, heads_to_rows, rows_to_heads
 from kvplan.runtime.layers.budgeted import BudgetedLayer
 from kvplan.runtime.layers.elastic import ElasticLayer

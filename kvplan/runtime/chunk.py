@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvplan.methods.codecs import Codec
 from kvplan.methods.codecs.dense import Dense
-from kvplan.runtime.kernels.stored import Part, Stored
+from kvplan.runtime.kernels.parts import Part, Stored
 from kvplan.runtime.storage import Pool
 
 

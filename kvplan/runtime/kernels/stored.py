@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvplan.methods.codecs import Codec, Codes
 from kvplan.methods.softmax import capped, masked_softmax
 from kvplan.runtime.kernels.dense import AttentionArgs, attend
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Vectors [b, H, S, dim] as a codec holds them."""
-
-    codec: Codec
-    codes: Codes
-    dim: int
-
-    @property
-    def dense(self) -> Tensor | None:
-        """The vectors themselves, where they are stored as they are."""
-        return self.codes.get("x")
-
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(self.codes, self.dim, dtype)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Slots that queries may look at.
-
-    Attributes:
-        slots: S, the slots laid out.
-        mask: [b, H or 1, T or 1, S] bool, True is visible; None: all.
-        bias: [b, H, S] added to the logits of every query; None: 0.
-        channels: [b, H, C] int64 channels of the query that the keys hold; None: all.
-    """
-
-    keys: Stored
-    values: Stored
-    slots: int
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    channels: Tensor | None = None
-
-    @property
-    def plain(self) -> bool:
-        return self.keys.dense is not None and self.values.dense is not None and self.bias is None
+from kvplan.runtime.kernels.fused import attend_fused
+from kvplan.runtime.kernels.parts import Part
 
 
 def attend_parts(
@@ -66,6 +26,9 @@ def attend_parts(
     Returns:
         [b, T, Hq, Dv], and [b, Hkv, G, T, sum of S] probabilities in float32 or float64 (None unless wanted).
     """
+    fused = attend_fused(q, parts, args, want_probs)
+    if fused is not None:
+        return fused
     if len(parts) == 1 and parts[0].plain and args.plain and not want_probs:
         part = parts[0]
         assert part.keys.dense is not None and part.values.dense is not None

@@ -14,7 +14,8 @@ from kvplan.errors import RuntimeLimitError
 from kvplan.policy.layout import KINDS
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime.kernels.dense import AttentionArgs
-from kvplan.runtime.kernels.stored import Part, attend_parts
+from kvplan.runtime.kernels.parts import Part
+from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.storage import Pool
 
 

@@ -16,7 +16,8 @@ from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime import chunk
 from kvplan.runtime.extend import RowState, ring_slot, ring_visibility, score_scan
 from kvplan.runtime.kernels.dense import AttentionArgs
-from kvplan.runtime.kernels.stored import Part, Stored, attend_parts
+from kvplan.runtime.kernels.parts import Part, Stored
+from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats, Seen, attend_seen, cloned, prefix_mask
 from kvplan.runtime.prompt import choose_slots, prompt_channels, prompt_view, row_lengths
 from kvplan.runtime.storage import SIDE, Pool, Rows

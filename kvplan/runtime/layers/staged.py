@@ -16,7 +16,8 @@ from kvplan.policy.memory import allocated_slots
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime.chunk import pick
 from kvplan.runtime.kernels.dense import AttentionArgs
-from kvplan.runtime.kernels.stored import Part, Stored, attend_parts
+from kvplan.runtime.kernels.parts import Part, Stored
+from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.layers.base import PromptStats, Seen, prefix_mask
 from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept, put
 from kvplan.runtime.storage import SIDE, Pool, Rows
