@@ -132,8 +132,9 @@ def _unplannable(config: Any, text: Any, per_layer: Sequence[Any]) -> str:
         return f" shares keys and values by itself: its last {shared} layers store none (num_kv_shared_layers)"
     if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
         return " adds position biases to its attention (ALiBi)"
-    types = getattr(text, "layer_types", None) or []
-    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
+    # Before transformers 5.23 some hybrids (recurrent_gemma) have the other name.
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention", "attention"}):
         where = layer_ranges([i for i, kind in enumerate(types) if kind in unknown])
         return f": layers of type {', '.join(unknown)} are not supported (layers {where})"
     return ""
