@@ -203,7 +203,11 @@ def policy_page() -> str:
         "written by hand is as good. Reading a file checks all of it and reports every problem with line and column: "
         "`kvplan policy validate FILE`. What the decisions mean is in [concepts.md](concepts.md).",
         f"```yaml\n{EXAMPLE}```",
-        f"Editors complete and check it with the JSON Schema that `kvplan policy schema` prints (`{SCHEMA_FILE}`).",
+        "Editors that speak YAML's language server complete and check a policy with its JSON Schema. Write that beside "
+        "your policies:",
+        f"```sh\nkvplan policy schema > {SCHEMA_FILE}\n```",
+        "Policies that kvplan writes there from then on begin with the line that points to it; in the others, write it "
+        f"yourself: `# yaml-language-server: $schema=./{SCHEMA_FILE}`.",
         "YAML 1.2 scalars. Duplicate keys, tags, anchors and aliases are refused, and so is every unknown key.",
         "## Top level",
         fields(schema, "top", (Policy,), schema),

@@ -16,7 +16,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.runtime.attach import attach
 from kvplan.runtime.cache import PolicyCache
-from kvplan.runtime.replay import PromptCapture, capture, forward, positions_of, replay
+from kvplan.runtime.replay import PromptCapture, capture, forward, prefill, replay
 from kvplan.stats import PromptScores
 
 
@@ -75,6 +75,22 @@ class Scorer:
         self._batches: dict[tuple[int, ...], _Batch] = {}
         self._keep, self._progress = keep, progress
 
+    def prepare(
+        self, indices: Sequence[int] | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Prefill the examples of these indices (all by default) now, not when they are first scored together.
+
+        Args:
+            indices: The ones that `score` will be asked for.
+            progress: Called with the prompts done and their number after each batch.
+        """
+        assert self._keep, "a scorer that keeps nothing has nothing to prepare"
+        parts, done = self._parts(indices), 0
+        for part in parts:
+            self._batch(part)
+            done += len(part)
+            progress(done, sum(map(len, parts)))
+
     def score(self, policy: Policy, indices: Sequence[int] | None = None) -> PromptScores:
         """Scores of `policy` on the examples of these indices (all by default), in that order."""
         return self.measure(policy, indices).scores
@@ -84,19 +100,20 @@ class Scorer:
         wanted = list(range(len(self.examples))) if indices is None else list(indices)
         rows: dict[int, tuple[float, float, float, float]] = {}
         kv_bytes = full_bytes = 0
-        chosen = set(wanted)
-        for group in self._groups:
-            mine = [i for i in group if i in chosen]
-            if not mine:
-                continue
-            batch = self._batch(mine)
-            found, held, full = self._score_batch(policy, batch)
+        for part in self._parts(wanted):
+            found, held, full = self._score_batch(policy, self._batch(part))
             rows.update(found)
             kv_bytes, full_bytes = kv_bytes + held, full_bytes + full
             if self._progress is not None:
-                self._progress(len(rows), len(chosen))
+                self._progress(len(rows), len(set(wanted)))
         columns = list(zip(*(rows[i] for i in wanted), strict=True))
         return Measured(PromptScores(*(tuple(c) for c in columns)), kv_bytes, full_bytes)
+
+    def _parts(self, indices: Sequence[int] | None) -> list[list[int]]:
+        """The wanted examples of each group, where there are any."""
+        chosen = set(range(len(self.examples)) if indices is None else indices)
+        parts = [[i for i in group if i in chosen] for group in self._groups]
+        return [part for part in parts if part]
 
     def _batch(self, indices: list[int]) -> _Batch:
         key = tuple(indices)
@@ -130,10 +147,9 @@ class Scorer:
         self, policy: Policy, batch: _Batch
     ) -> tuple[dict[int, tuple[float, float, float, float]], int, int]:
         with attach(self.model, policy, self.spec) as runtime:
-            if any(layer.shares is not None for layer in policy.layers):
+            if policy.chunked or any(layer.shares is not None for layer in policy.layers):
                 cache = runtime.new_cache()
-                valid = batch.prompt.valid
-                last = forward(runtime, cache, batch.ids, positions_of(valid), valid, last_only=True)[:, -1]
+                last = prefill(runtime, cache, batch.ids, batch.prompt.valid)
             else:
                 cache, last = replay(runtime, batch.prompt), batch.prompt.last_logits
             held, full = cache.kv_bytes, cache.full_kv_bytes

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import typer
 from rich.console import Console
@@ -91,6 +91,29 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
             yield advance
     else:
         yield _log_lines(what, total)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[..., None]]:
+    """Show the progress of stages that follow each other: what is reported first of a stage ends the one before.
+
+    Yields:
+        `report(what, done, total, note="")`.
+    """
+    current, shown = "", 0
+    advance: Callable[..., None] | None = None
+    with ExitStack() as opened:
+
+        def report(what: str, done: int, total: int, note: str = "") -> None:
+            nonlocal current, shown, advance
+            if advance is None or what != current:
+                opened.close()
+                advance = opened.enter_context(progress(what, total))
+                current, shown = what, 0
+            advance(done - shown, note=note)
+            shown = done
+
+        yield report
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from kvplan.policy.memory import BytesPlan
     from kvplan.policy.schema import Policy
+
+CONTEXT = 1024  # prompt tokens, unless told
 
 app = typer.Typer(no_args_is_help=True, help="Show, check and compare policy files.")
 
@@ -44,12 +47,26 @@ def _where(context: int, new_tokens: int, batch: int) -> str:
 
 
 @app.command()
-def show(file: File, context: Context = 1024) -> None:
+def show(
+    file: File,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, help="Prompt tokens.", show_default=f"the planned ones, or {CONTEXT}"),
+    ] = None,
+) -> None:
     """Draw how many slots each layer holds, and who chooses them."""
     from kvplan.policy.serialize import load_policy
     from kvplan.report.policy import picture
 
-    _print(picture(load_policy(file), context))
+    policy = load_policy(file)
+    _print(picture(policy, context or _planned_tokens(policy) or CONTEXT))
+
+
+def _planned_tokens(policy: Policy) -> int | None:
+    """The prompt that the policy was planned for, where its provenance states one."""
+    planned = policy.provenance.get("planned")
+    tokens = planned.get("prompt_tokens") if isinstance(planned, Mapping) else None
+    return tokens if type(tokens) is int and tokens > 0 else None
 
 
 @app.command()
@@ -76,7 +93,7 @@ def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE", help="P
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A policy file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
-    context: Context = 1024,
+    context: Context = CONTEXT,
     new_tokens: NewTokens = 0,
     batch: Batch = 1,
     as_json: AsJson = False,
@@ -98,7 +115,7 @@ def diff(
 
 @app.command("bytes")
 def bytes_(
-    file: File, context: Context = 1024, new_tokens: NewTokens = 0, batch: Batch = 1, as_json: AsJson = False
+    file: File, context: Context = CONTEXT, new_tokens: NewTokens = 0, batch: Batch = 1, as_json: AsJson = False
 ) -> None:
     """Print the exact bytes that the policy holds, by layer and kind."""
     from dataclasses import asdict

@@ -40,7 +40,7 @@ def merge(
 
     merged = reduce(add, profiles[1:], Profile.load(profiles[0]))
     merged.save(output)
-    note(f"{output}: {describe(merged)}")
+    note(f"{output}: {describe(merged)}; its times are sums over the {len(profiles)} profiles")
 
 
 @app.command()

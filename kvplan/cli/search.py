@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,9 +79,10 @@ def command(
     from kvplan import __version__
     from kvplan.calibrate.prompts import data_fingerprint, load_examples
     from kvplan.check.scoring import Scorer
-    from kvplan.cli.console import note, out, progress
+    from kvplan.cli.console import note, out, stages
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
+    from kvplan.policy.schema import Policy
     from kvplan.policy.serialize import save_policy
     from kvplan.report.policy import picture
     from kvplan.report.search import as_data, summary
@@ -110,14 +112,25 @@ def command(
     scorer = Scorer(network, spec, examples)
     fingerprint = data_fingerprint(examples)
     journal = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
-    done = 0
+    saved = False
+
+    def on_best(policy: Policy) -> None:
+        nonlocal saved
+        save_policy(policy, output)
+        saved = True
+
     try:
-        with progress("searching", trials) as advance:
+        with stages() as report:
+
+            def prepare(prompts: Sequence[int]) -> None:
+                stage = "prefilling prompts"
+                report(stage, 0, len(prompts))
+                scorer.prepare(prompts, lambda done, total: report(stage, done, total))
+                if prompts == search_prompts:
+                    report("searching", 0, trials)
 
             def on_trial(row: TrialRow, best: TrialRow, count: int) -> None:
-                nonlocal done
-                advance(count - done, note=f"best KL {best.kl:.4f} ({best.label})")
-                done = count
+                report("searching", count, trials, note=f"best KL {best.kl:.4f} ({best.label})")
 
             result = search(
                 measured,
@@ -130,8 +143,10 @@ def command(
                 timeout=timeout,
                 seed=seed,
                 storage=journal,
-                on_best=lambda policy: save_policy(policy, output),
+                on_best=on_best,
                 on_trial=on_trial,
+                on_confirm=lambda done, total: report("confirming", done, total),
+                prepare=prepare,
                 evictors=evictors,
                 protection=protection,
                 identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
@@ -144,7 +159,7 @@ def command(
                 },
             )
     except KeyboardInterrupt:
-        if done:
+        if saved:
             note(f"the best policy so far is in {output}; the same command goes on from {journal}")
         raise
     if result.resumed:

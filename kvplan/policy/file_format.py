@@ -20,10 +20,14 @@ from pydantic import (
 )
 
 from kvplan.errors import MethodError, TargetError
-from kvplan.methods.evictors import Evictor, evictors
+from kvplan.methods.channels import channel_selectors
+from kvplan.methods.codecs import Codec, codecs
+from kvplan.methods.evictors import evictors
+from kvplan.methods.head_splits import head_splits
+from kvplan.methods.mergers import mergers
 from kvplan.model_spec import layers_in
 from kvplan.policy.schema import FORMAT_VERSION, FULL, LayerPolicy, Slots, Target
-from kvplan.registry import unknown
+from kvplan.registry import Registry, unknown
 from kvplan.units import BASIS_POINTS, parse_bytes
 
 MAX_LAYERS = 10_000  # Far above any model; keeps a mistyped range from filling the memory.
@@ -110,38 +114,82 @@ def _layers(value: Any) -> Any:
     return value
 
 
+def parameters(method: Any) -> type[BaseModel]:
+    """A strict model of a method's parameters, from its dataclass fields."""
+    return _parameters(method)
+
+
 @functools.cache
-def parameters(evictor: type[Evictor]) -> type[BaseModel]:
-    """A strict model of an evictor's parameters, from its dataclass fields."""
-    hints = typing.get_type_hints(evictor)
+def _parameters(method: Any) -> type[BaseModel]:
+    hints = typing.get_type_hints(method)
     fields: dict[str, Any] = {}
-    for f in dataclasses.fields(evictor):  # type: ignore[arg-type]
+    for f in dataclasses.fields(method):
         fields[f.name] = (hints[f.name], ... if f.default is dataclasses.MISSING else f.default)
-    return create_model(evictor.__name__, __config__=_STRICT, **fields)
+    return create_model(method.__name__, __config__=_STRICT, **fields)
 
 
-def _evictor(value: Any) -> Evictor:
+def _method(registry: Registry[Any], value: Any) -> Any:
     """Build `tova` or `{snapkv: {window_tokens: 16}}`."""
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, dict) or len(value) != 1:
         raise ValueError(
             f"must be a name, or one name with its parameters like {{snapkv: {{window_tokens: 16}}}}, not {value!r}"
+            if registry is evictors
+            else f"must be the name of a {registry.kind}, or one name with its parameters, not {value!r}"
         )
     ((name, params),) = value.items()
     try:
-        cls = evictors[str(name)]
+        cls = registry[str(name)]
     except MethodError as error:
         raise ValueError(str(error)) from error
     try:
         checked = parameters(cls).model_validate({} if params is None else params)
         return cls(**{key: getattr(checked, key) for key in checked.model_fields_set})
     except ValidationError as error:
-        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        known = [f.name for f in dataclasses.fields(cls)]
         found = explain(error, lambda _: (f"parameter of {name}", known))
         raise Problems([((name, *path), told, at_key) for path, told, at_key in found]) from error
     except MethodError as error:
         raise Problems([((name,), str(error), False)]) from error
+
+
+def _codec(value: Any) -> tuple[Codec, Codec]:
+    """`int8`, `{kivi: {bits: 2}}`, or `{keys: ..., values: ...}` with one of these each (dense where one is absent)."""
+    if not isinstance(value, dict) or not set(value) & {"keys", "values"}:
+        one = _method(codecs, value)
+        return one, one
+    wrong = [key for key in value if key not in ("keys", "values")]
+    if wrong:
+        raise Problems([((wrong[0],), unknown("key", str(wrong[0]), ["keys", "values"]), True)])
+    built, problems = {}, []
+    for role in ("keys", "values"):
+        try:
+            built[role] = _method(codecs, value.get(role, "dense"))
+        except Problems as error:
+            problems += [((role, *path), told, at_key) for path, told, at_key in error.problems]
+        except ValueError as error:
+            problems.append(((role,), str(error), False))
+    if problems:
+        raise Problems(problems)
+    return built["keys"], built["values"]
+
+
+def _head_slots(value: Any) -> Slots:
+    """`slots`, or a list with a number or a percentage for each KV head."""
+    if not isinstance(value, list):
+        return _slots(value)
+    heads, problems = [], []
+    for index, item in enumerate(value):
+        try:
+            heads.append(_slots(item))
+        except ValueError as error:
+            problems.append(((index,), str(error), False))
+    if problems:
+        raise Problems(problems)
+    if len(heads) < 2 or any(head.is_full for head in heads):
+        raise ValueError(f"a list gives a number or a percentage for each of several KV heads, not {value!r}")
+    return Slots(heads=tuple(heads))
 
 
 # Absent fields are told by `model_fields_set`; this default is never read as a value.
@@ -159,6 +207,15 @@ def _one_or_each_schema() -> dict[str, Any]:
 _Each = Annotated[Any, PlainValidator(_one_or_each), WithJsonSchema(_one_or_each_schema())]
 _LAYERS_SCHEMA = {"type": ["string", "integer"], "pattern": f"^{LAYER_RANGES}$", "minimum": 0}
 _Percent = {"type": "string", "pattern": f"^{PERCENT}$"}
+
+
+_SOME_SLOTS: list[dict[str, Any]] = [{"type": "integer", "minimum": 1}, _Percent]
+_SLOTS_PER_HEAD = {"type": "array", "items": {"anyOf": _SOME_SLOTS}, "minItems": 2}
+
+
+def _is(registry: Registry[Any]) -> Any:
+    """The type of a field that names a method of one kind."""
+    return Annotated[Any, PlainValidator(functools.partial(_method, registry)), WithJsonSchema({})]
 
 
 class ModelBlock(BaseModel):
@@ -230,16 +287,33 @@ class LayerBlock(BaseModel):
     model_config = _STRICT
     slots: Annotated[
         Any,
-        PlainValidator(_slots),
-        WithJsonSchema({"anyOf": [{"const": "full"}, {"type": "integer", "minimum": 1}, _Percent]}),
-    ] = Field(default=_ABSENT, description="full, tokens per KV head, or a percentage of the prompt.")
+        PlainValidator(_head_slots),
+        WithJsonSchema(
+            {"anyOf": [{"const": "full"}, *_SOME_SLOTS, {"type": "array", "items": {"anyOf": _SOME_SLOTS}}]}
+        ),
+    ] = Field(
+        default=_ABSENT,
+        description="full, tokens per KV head, or a percentage of the prompt; or a list of these, one per KV head.",
+    )
     sink_tokens: _FromZero = Field(default=_ABSENT, description="First tokens that are never evicted.")
     recent_tokens: _FromOne = Field(
         default=_ABSENT, description="Last tokens that are never evicted, the current one included."
     )
     min_slots: _FromOne = Field(default=_ABSENT, description="Floor of a percentage, in tokens.")
-    evictor: Annotated[Any, PlainValidator(_evictor), WithJsonSchema({})] = Field(
+    evictor: _is(evictors) = Field(  # type: ignore[valid-type]
         default=_ABSENT, description="Which tokens stay: a name, or a name with parameters."
+    )
+    head_split: _is(head_splits) = Field(  # type: ignore[valid-type]
+        default=_ABSENT, description="How slots are divided among the KV heads at the end of the prompt."
+    )
+    merger: _is(mergers) = Field(  # type: ignore[valid-type]
+        default=_ABSENT, description="What evicted tokens leave behind."
+    )
+    channels: _is(channel_selectors) = Field(  # type: ignore[valid-type]
+        default=_ABSENT, description="Which key channels are stored; all by default."
+    )
+    codec: Annotated[Any, PlainValidator(_codec), WithJsonSchema({})] = Field(
+        default=_ABSENT, description="How slots are stored: a codec for both, or {keys: ..., values: ...}."
     )
     shares: _FromZero = Field(default=_ABSENT, description="Earlier layer whose cache this one reads.")
 
@@ -253,7 +327,19 @@ class LayerBlock(BaseModel):
         return self
 
     def build(self) -> LayerPolicy:
-        return LayerPolicy(**{name: getattr(self, name) for name in self.model_fields_set})
+        fields = {name: getattr(self, name) for name in self.model_fields_set - {"codec"}}
+        if self.codec is not None:
+            fields["key_codec"], fields["value_codec"] = self.codec
+        return LayerPolicy(**fields)
+
+
+class PrefillBlock(BaseModel):
+    """How prompts are read."""
+
+    model_config = _STRICT
+    chunk_tokens: _FromOne = Field(
+        description="Prompt tokens per forward; each chunk competes for the slots before the next one comes."
+    )
 
 
 class PolicyFile(BaseModel):
@@ -265,6 +351,7 @@ class PolicyFile(BaseModel):
     target: TargetBlock = Field(
         default=_ABSENT, description="What the plan was made for; absent in a policy written by hand."
     )
+    prefill: PrefillBlock = Field(default=_ABSENT, description="How prompts are read; absent: at once.")
     layers: dict[Any, LayerBlock] = Field(
         description="Keys are layers: 5, 0-3 or '4,6-7'.",
         json_schema_extra={"propertyNames": {"pattern": f"^{LAYER_RANGES}$"}, "minProperties": 1},
@@ -272,7 +359,12 @@ class PolicyFile(BaseModel):
     provenance: dict[str, Any] = Field(default_factory=dict, description="Where it came from.")
 
 
-BLOCKS: dict[str, type[BaseModel]] = {"model": ModelBlock, "target": TargetBlock, "layers": LayerBlock}
+BLOCKS: dict[str, type[BaseModel]] = {
+    "model": ModelBlock,
+    "target": TargetBlock,
+    "prefill": PrefillBlock,
+    "layers": LayerBlock,
+}
 assert FORMAT_VERSION == 1
 
 
@@ -310,19 +402,30 @@ def explain(error: ValidationError, known: Any) -> list[tuple[tuple[Any, ...], s
 def schema() -> dict[str, Any]:
     """JSON Schema of a policy file (draft 7)."""
     data = _tidy(PolicyFile.model_json_schema())
-    data["$defs"]["LayerBlock"]["properties"]["evictor"].update(_evictor_schema())
+    properties = data["$defs"]["LayerBlock"]["properties"]
+    kinds: dict[str, Registry[Any]] = {
+        "evictor": evictors,
+        "head_split": head_splits,
+        "merger": mergers,
+        "channels": channel_selectors,
+    }
+    for field, registry in kinds.items():
+        properties[field].update(_method_schema(registry))
+    codec = _method_schema(codecs)
+    both = {"type": "object", "additionalProperties": False, "minProperties": 1}
+    properties["codec"]["anyOf"] = [*codec["anyOf"], {**both, "properties": {"keys": codec, "values": codec}}]
     for name, choices in (("LayerBlock", ("slots", "shares")), ("TargetBlock", ("share", "bytes"))):
         data["$defs"][name]["oneOf"] = [{"required": [choice]} for choice in choices]
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "kvplan policy, format 1", **data}
 
 
-def _evictor_schema() -> dict[str, Any]:
+def _method_schema(registry: Registry[Any]) -> dict[str, Any]:
     params = {}
-    for name in evictors:
-        props = _tidy(parameters(evictors[name]).model_json_schema())
+    for name in registry:
+        props = _tidy(parameters(registry[name]).model_json_schema())
         params[name] = {"type": ["object", "null"], "additionalProperties": False, "properties": props["properties"]}
     settings = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
-    return {"anyOf": [{"enum": evictors.names()}, {**settings, "properties": params}]}
+    return {"anyOf": [{"enum": registry.names()}, {**settings, "properties": params}]}
 
 
 def _tidy(node: Any) -> Any:

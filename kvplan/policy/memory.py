@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+
+import torch
 
 from kvplan.errors import PolicyError
-from kvplan.methods.evictors.base import POSITION_BYTES, SCORE_BYTES
-from kvplan.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
+from kvplan.model_spec import LayerSpec, ModelSpec
+from kvplan.policy.layout import KINDS, Column, Layout, layout
 from kvplan.policy.schema import LayerPolicy, Policy, stated_windows
 from kvplan.units import BASIS_POINTS
 
@@ -20,20 +22,21 @@ class LayerBytes:
 
     keys: int = 0
     values: int = 0
+    scales: int = 0
     positions: int = 0
     scores: int = 0
+    counts: int = 0
+    channels: int = 0
 
     @property
     def total(self) -> int:
-        return self.keys + self.values + self.positions + self.scores
+        return sum(getattr(self, kind) for kind in KINDS)
 
     def __add__(self, other: LayerBytes) -> LayerBytes:
-        return LayerBytes(
-            self.keys + other.keys,
-            self.values + other.values,
-            self.positions + other.positions,
-            self.scores + other.scores,
-        )
+        return LayerBytes(**{kind: getattr(self, kind) + getattr(other, kind) for kind in KINDS})
+
+
+assert tuple(f.name for f in fields(LayerBytes)) == KINDS
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class BytesPlan:
         return self.total / self.full if self.full else 0.0
 
 
-def capacity(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int) -> int | None:
-    """Most slots that one row may ever hold, or None when nothing bounds it. Not for a sharing layer."""
-    return layer.capacity(prompt_tokens) if spec.window is None else spec.window
+def capacity(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int, head: int = 0) -> int | None:
+    """Most slots that one row may ever hold in one KV head, or None when nothing bounds it. Not for a sharing layer."""
+    return layer.capacity(prompt_tokens, head) if spec.window is None else spec.window
 
 
 def grown_tokens(prompt_tokens: int, appended_tokens: int) -> int:
@@ -83,13 +86,18 @@ def grown_tokens(prompt_tokens: int, appended_tokens: int) -> int:
     return -(-appended_tokens // block) * block
 
 
-def allocated_slots(layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int, appended_tokens: int) -> int:
-    """Slots per KV head of one row after its prompt and `appended_tokens` forward tokens; 0 for a sharing layer."""
+def allocated_slots(
+    layer: LayerPolicy, spec: LayerSpec, prompt_tokens: int, appended_tokens: int, head: int = 0
+) -> int:
+    """Slots of one KV head of one row after its prompt and `appended_tokens` forward tokens; 0 for a sharing layer."""
     if layer.shares is not None:
         return 0
     slots = prompt_tokens + grown_tokens(prompt_tokens, appended_tokens)
-    most = capacity(layer, spec, prompt_tokens)
-    return slots if most is None else min(slots, most)
+    most = capacity(layer, spec, prompt_tokens, head)
+    slots = slots if most is None else min(slots, most)
+    unit, recent = layer.stored_whole
+    # Encoded units are allocated whole.
+    return slots if unit == 1 else -(-max(0, slots - recent) // unit) * unit + min(recent, slots)
 
 
 def plan(policy: Policy, spec: ModelSpec, prompt_tokens: Sequence[int], appended_tokens: int = 0) -> BytesPlan:
@@ -100,34 +108,61 @@ def plan(policy: Policy, spec: ModelSpec, prompt_tokens: Sequence[int], appended
     """
     if len(policy.layers) != spec.num_layers:
         raise PolicyError(f"the policy has {len(policy.layers)} layers, the model {spec.num_layers}")
-    pairs = list(zip(policy.layers, spec.layers, strict=True))
-    slots = tuple(sum(allocated_slots(p, s, tokens, appended_tokens) for tokens in prompt_tokens) for p, s in pairs)
+    dtype = getattr(torch, spec.dtype)
+    held, slots = [], []
+    for layer, shape in zip(policy.layers, spec.layers, strict=True):
+        found, count = _layer_plan(layer, shape, dtype, policy.chunked, prompt_tokens, appended_tokens)
+        held.append(found)
+        slots.append(count)
     return BytesPlan(
-        layers=tuple(_layer_bytes(p, s, n, DTYPE_BYTES[spec.dtype]) for (p, s), n in zip(pairs, slots, strict=True)),
-        slots=slots,
+        layers=tuple(held),
+        slots=tuple(slots),
         full=spec.full_kv_bytes([tokens + appended_tokens for tokens in prompt_tokens]),
         min_slots_binds=tuple(i for i, layer in enumerate(policy.layers) if floor_binds(layer, prompt_tokens)),
     )
 
 
-def _layer_bytes(layer: LayerPolicy, spec: LayerSpec, slots: int, dtype_bytes: int) -> LayerBytes:
-    side_heads = 0
-    if layer.evictor.keeps_scores and not layer.slots.is_full and spec.window is None:
-        side_heads = 1 if layer.evictor.one_set_for_all_heads else spec.kv_heads
-    return LayerBytes(
-        keys=slots * spec.kv_heads * spec.key_dim * dtype_bytes,
-        values=slots * spec.kv_heads * spec.value_dim * dtype_bytes,
-        positions=slots * side_heads * POSITION_BYTES,
-        scores=slots * side_heads * SCORE_BYTES,
-    )
+def _layer_plan(
+    layer: LayerPolicy, spec: LayerSpec, dtype: torch.dtype, chunked: bool, prompt_tokens: Sequence[int], appended: int
+) -> tuple[LayerBytes, int]:
+    """Bytes of one layer over all rows, and its slots per KV head over all rows (a mean, where heads differ)."""
+    if layer.shares is not None:
+        return LayerBytes(), 0
+    stored = layout(layer, spec, dtype, chunked)
+    if not layer.slots.heads:
+        rows = [allocated_slots(layer, spec, tokens, appended) for tokens in prompt_tokens]
+        return sum((layout_bytes(stored, slots) for slots in rows), LayerBytes()), sum(rows)
+    # Each KV head is stored as a row of its own.
+    one = layout(layer, replace(spec, kv_heads=1), dtype, chunked)
+    each = [
+        allocated_slots(layer, spec, tokens, appended, head)
+        for tokens in prompt_tokens
+        for head in range(spec.kv_heads)
+    ]
+    return sum((layout_bytes(one, slots) for slots in each), LayerBytes()), sum(each) // spec.kv_heads
+
+
+def layout_bytes(stored: Layout, slots: int) -> LayerBytes:
+    """What one row of that many slots takes."""
+    body, recent = stored.parts(slots)
+    held = dict.fromkeys(KINDS, 0)
+
+    def count(columns: Sequence[Column], slots: int) -> None:
+        for column in columns:
+            held[column.kind] += column.bytes(slots)
+
+    count(stored.body, body)
+    count(stored.recent, recent)
+    count(stored.fixed, 1)
+    return LayerBytes(**held)
 
 
 def floor_binds(layer: LayerPolicy, prompt_tokens: Sequence[int]) -> bool:
     """Whether `min_slots` raises the layer's percentage for at least one of these rows."""
-    share = layer.slots.share
-    if share is None or layer.shares is not None:
+    if layer.shares is not None:
         return False
-    return any(tokens * share // BASIS_POINTS < layer.min_slots for tokens in prompt_tokens)
+    shares = [s.share for s in (layer.slots.heads or (layer.slots,)) if s.share is not None]
+    return any(tokens * share // BASIS_POINTS < layer.min_slots for tokens in prompt_tokens for share in shares)
 
 
 def stated_spec(policy: Policy) -> ModelSpec:

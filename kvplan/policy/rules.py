@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvplan.errors import PolicyError
+import torch
+
+from kvplan.errors import MethodError, PolicyError
 from kvplan.model_spec import ModelSpec, layer_ranges
+from kvplan.policy.compositions import chunk_problems, composition_problems
+from kvplan.policy.layout import layout
 from kvplan.policy.schema import LayerPolicy, Policy, stated_windows
 
 
@@ -19,6 +23,7 @@ def layer_problems(layers: Mapping[int, LayerPolicy]) -> Iterator[tuple[int, str
                 yield index, "shares", problem
         else:
             yield from ((index, name, problem) for name, problem in _protection_problems(layer))
+            yield from ((index, name, problem) for name, problem in composition_problems(layer))
 
 
 def _sharing_problem(index: int, source: int, layers: Mapping[int, LayerPolicy]) -> str | None:
@@ -37,11 +42,19 @@ def _sharing_problem(index: int, source: int, layers: Mapping[int, LayerPolicy])
 
 
 def _protection_problems(layer: LayerPolicy) -> Iterator[tuple[str, str]]:
-    protected = layer.protected_sinks + layer.recent_tokens
+    unit, recent = layer.stored_whole
+    behind = max(recent, layer.recent_tokens)
+    # Encoded units that hold a sink are never overwritten; one more is, in turn.
+    front = layer.protected_sinks if unit == 1 else (-(-layer.protected_sinks // unit) + 1) * unit
+    front = front + 1 if recent and unit == 1 else front
+    protected = front + behind
     told = f"{layer.protected_sinks} sink + {layer.recent_tokens} recent tokens"
-    if layer.slots.tokens is not None and protected > layer.slots.tokens:
-        yield "slots", f"{told} do not fit in {layer.slots.tokens} slots; raise slots to at least {protected}"
-    if layer.slots.share is not None and protected > layer.min_slots:
+    if recent:
+        told = f"{front} slots for sinks and encoded tokens + {behind} recent tokens"
+    for slots in layer.slots.heads or (layer.slots,):
+        if slots.tokens is not None and protected > slots.tokens:
+            yield "slots", f"{told} do not fit in {slots.tokens} slots; raise slots to at least {protected}"
+    if any(slots.share is not None for slots in layer.slots.heads or (layer.slots,)) and protected > layer.min_slots:
         yield (
             "min_slots",
             f"{told} do not fit in {layer.min_slots} slots, the floor of the percentage; "
@@ -58,6 +71,7 @@ def check_policy(policy: Policy) -> None:
     problems = [f"layers.{i}.{name}: {told}" for i, name, told in layer_problems(dict(enumerate(policy.layers)))]
     if not policy.layers:
         problems.append("layers: a policy has at least one layer")
+    problems += [f"layers.{i}.{name}: {told}" for i, name, told in chunk_problems(policy)]
     stated = policy.model.get("layers")
     if stated is not None and stated != len(policy.layers):
         problems.append(f"layers: {len(policy.layers)} layers, but model.layers is {stated}")
@@ -116,6 +130,17 @@ def _fit_problems(policy: Policy, spec: ModelSpec, index: int) -> Iterator[str]:
                 f"layers.{index}.slots: the model limits this layer to a window of {shape.window} tokens by itself; "
                 f"write full, not {layer.slots}"
             )
+        if shape.window is not None and layer.stored_whole[1]:
+            yield (
+                f"layers.{index}.codec: the model limits this layer to a window of {shape.window} tokens, whose slots "
+                "are overwritten one by one; use a codec without groups and no pruned channels there"
+            )
+        if layer.slots.heads and len(layer.slots.heads) != shape.kv_heads:
+            yield f"layers.{index}.slots: {len(layer.slots.heads)} numbers for {shape.kv_heads} KV heads; give one each"
+        try:
+            layout(layer, shape, getattr(torch, spec.dtype), policy.chunked)
+        except MethodError as error:
+            yield f"layers.{index}.codec: {error}"
         return
     source = spec.layers[layer.shares]
     if source == shape:

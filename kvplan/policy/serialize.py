@@ -16,6 +16,7 @@ from kvplan.files import read_text, write_text
 from kvplan.methods.params import settings
 from kvplan.model_spec import layer_ranges
 from kvplan.policy import file_format
+from kvplan.policy.compositions import chunk_problems
 from kvplan.policy.file_format import LAYER_RANGES, MAX_LAYERS, LayerBlock, PolicyFile
 from kvplan.policy.rules import check_model, check_policy, layer_problems
 from kvplan.policy.schema import FORMAT_VERSION, LayerPolicy, Policy, Target
@@ -50,12 +51,17 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
     layers = _expand(document, blocks)
     document.raise_problems()
     assert parsed is not None
-    return Policy(
+    policy = Policy(
         layers=tuple(layers[index] for index in range(len(layers))),
         model={} if parsed.model is None else parsed.model.model_dump(exclude_unset=True),
         target=None if parsed.target is None else parsed.target.build(),
+        prefill_chunk_tokens=None if parsed.prefill is None else parsed.prefill.chunk_tokens,
         provenance=parsed.provenance,
     )
+    for _, name, told in dict.fromkeys(chunk_problems(policy)):
+        document.report(("prefill",), f"{name}: {told}")
+    document.raise_problems()
+    return policy
 
 
 def _check_version(document: Document) -> None:
@@ -151,7 +157,7 @@ def _named(indices: list[int]) -> str:
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write a policy file, whole or not at all.
+    """Write a policy file, whole or not at all; it points editors to the schema where that lies beside it.
 
     Raises:
         PolicyError: the policy could not be read back.
@@ -159,6 +165,8 @@ def save_policy(policy: Policy, path: str | Path) -> None:
     """
     text = dump_policy(policy)
     parse_policy(text, str(path))
+    if (Path(path).parent / SCHEMA_FILE).is_file():
+        text = f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n{text}"
     write_text(Path(path), text)
 
 
@@ -168,11 +176,13 @@ def dump_policy(policy: Policy) -> str:
     Raises:
         PolicyError: `model` or `provenance` holds something that is not plain data.
     """
-    lines = [f"# yaml-language-server: $schema=./{SCHEMA_FILE}", f"kvplan: {FORMAT_VERSION}"]
+    lines = [f"kvplan: {FORMAT_VERSION}"]
     if policy.model:
         lines.append(f"model: {_flow(_plain(policy.model, 'model'))}")
     if policy.target is not None:
         lines.append(f"target: {_flow(_target(policy.target))}")
+    if policy.prefill_chunk_tokens is not None:
+        lines.append(f"prefill: {_flow({'chunk_tokens': policy.prefill_chunk_tokens})}")
     lines.append("layers:")
     groups: dict[str, list[int]] = {}
     for index, layer in enumerate(policy.layers):
@@ -191,15 +201,30 @@ def layer_block(layer: LayerPolicy) -> dict[str, Any]:
     if layer.shares is not None:
         return {"shares": layer.shares}
     slots, default = layer.slots, LayerPolicy()
-    written: dict[str, Any] = {"slots": slots.tokens if slots.tokens is not None else str(slots)}
+    each = [one.tokens if one.tokens is not None else str(one) for one in slots.heads or (slots,)]
+    written: dict[str, Any] = {"slots": each if slots.heads else each[0]}
     for name in ("sink_tokens", "recent_tokens", "min_slots"):
-        counts = slots.share is not None or (slots.tokens is not None and name != "min_slots")
+        shares = any(one.share is not None for one in slots.heads or (slots,))
+        counts = shares or (not slots.is_full and name != "min_slots")
         if counts or getattr(layer, name) != getattr(default, name):
             written[name] = getattr(layer, name)
     if not slots.is_full or layer.evictor != default.evictor:
-        params = settings(layer.evictor)
-        written["evictor"] = {layer.evictor.name: params} if params else layer.evictor.name
+        written["evictor"] = _named_method(layer.evictor)
+    for name in ("head_split", "merger", "channels"):
+        if getattr(layer, name) is not None:
+            written[name] = _named_method(getattr(layer, name))
+    keys, values = layer.key_codec, layer.value_codec
+    if keys == values and keys != default.key_codec:
+        written["codec"] = _named_method(keys)
+    elif keys != values:
+        written["codec"] = {"keys": _named_method(keys), "values": _named_method(values)}
     return written
+
+
+def _named_method(method: Any) -> Any:
+    """`tova`, or `{snapkv: {window_tokens: 16}}`."""
+    params = settings(method)
+    return {method.name: params} if params else method.name
 
 
 def _target(target: Target) -> dict[str, Any]:

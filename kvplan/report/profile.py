@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from string import ascii_lowercase
 
 from rich.text import Text
 
@@ -13,7 +14,7 @@ from kvplan.calibrate.statistics import MASS_LEVELS
 WIDTH = 80
 SHOWN_LEVEL = 0.9
 _BAR = 16
-_COLOURS = ("cyan", "green", "yellow", "magenta")
+_COLOURS = ("magenta", "yellow", "green", "cyan")
 
 
 def table(profile: Profile) -> Text:
@@ -21,7 +22,7 @@ def table(profile: Profile) -> Text:
     importance, (mean, _, se) = profile.importance, profile.cosine
     letters: dict[int, int] = {}
     groups = layer_groups(importance, max_groups=len(_COLOURS))
-    for place, members in enumerate(reversed(groups)):  # A is the most important group
+    for place, members in enumerate(groups):  # a is the least important group
         letters.update(dict.fromkeys(members, place))
     worst = worst_sensitivity(profile)
     level = MASS_LEVELS.index(SHOWN_LEVEL)
@@ -35,7 +36,7 @@ def table(profile: Profile) -> Text:
     for i, layer in enumerate(profile.statistics.layers):
         bar = "█" * max(round(_BAR * importance[i] / top), 0)
         line = (
-            f"{i:>5} {'ABCD'[letters[i]]} {bar:<{_BAR}} {importance[i]:>6.4f} {mean[i]:>7.4f} ±{se[i]:.4f} "
+            f"{i:>5} {ascii_lowercase[letters[i]]} {bar:<{_BAR}} {importance[i]:>6.4f} {mean[i]:>7.4f} ±{se[i]:.4f} "
             f" {layer.sink_mass.mean.mean():>5.0%} {layer.recent_mass.mean.mean():>6.0%}"
             f" {layer.effective_tokens.mean[:, level].mean():>6.0f} {worst[i]:>7}"
         )
@@ -43,7 +44,7 @@ def table(profile: Profile) -> Text:
     text.append("\n")
     notes = [
         f"importance: 1 - cosine of the residual stream before and after attention; {len(groups)} "
-        + ("groups, A the most" if len(groups) > 1 else "group: the layers are alike"),
+        + ("groups, a the least" if len(groups) > 1 else "group: the layers are alike"),
         f"sinks, recent: attention mass on the first {profile.statistics.settings.get('sinks', '?')} and last "
         f"{profile.statistics.settings.get('recent', '?')} tokens; tokens: how many hold {SHOWN_LEVEL:.0%} of it",
     ]

@@ -15,9 +15,10 @@ def summary(rows: Sequence[Generated]) -> str:
     held, planned, full = (sum(getattr(row, name) for row in rows) for name in _BYTES)
     peak = max(row.peak_kv_bytes for row in rows)
     several = len(rows) > 1
+    highest = f"{'peak of a batch' if several else 'peak'} {format_bytes(peak)}"
     parts = [
         f"{f'{len(rows)} prompts: ' if several else ''}KV cache {format_bytes(held)} = {held / full:.1%} of full "
-        f"{format_bytes(full)} (planned {format_bytes(planned)}, peak {format_bytes(peak)})",
+        f"{format_bytes(full)} (planned {format_bytes(planned)}, {highest})",
         f"{'prompts' if several else 'prompt'} {sum(row.prompt_tokens for row in rows)} + "
         f"{sum(row.new_tokens for row in rows)} tokens",
         _speed(rows),
@@ -54,10 +55,18 @@ def floor_note(policy: Policy, rows: Sequence[Generated]) -> str | None:
     return f"min_slots binds for {what}: layers {layer_ranges(layers)} may hold {slots} tokens, above their percentage"
 
 
+def room_note(*runs: Sequence[Generated]) -> str | None:
+    """Says why a run can hold more than a full cache: rows grow by steps, and bytes are counted as allocated."""
+    if all(sum(row.kv_bytes for row in rows) <= sum(row.kv_bytes_full for row in rows) for rows in runs):
+        return None
+    return "above 100%: growing layers hold room for the next tokens; full counts none"
+
+
 def comparison(pairs: Sequence[tuple[Generated, Generated]]) -> list[str]:
     """Lines on (policy, full cache) runs of the same prompts."""
     mine, full = ([pair[i] for pair in pairs] for i in (0, 1))
-    lines = [f"policy: {summary(mine)}", f"full:   {summary(full)}"]
+    room = room_note(mine, full)
+    lines = [f"policy: {summary(mine)}", f"full:   {summary(full)}", *([room] if room else [])]
     places = [first_difference(a, b) for a, b in pairs]
     if len(pairs) > 1:
         same = sum(place is None for place in places)

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
-from kvplan.search.confirm import Finalist, SearchResult
+from kvplan.search.compile import Params
+from kvplan.search.confirm import SEARCHED, Finalist, SearchResult, TrialRow
 from kvplan.units import format_bytes
 
-_LABEL = 24
+WIDTH = 80
+_LABEL = 27
+_SHORT = 3  # letters of an evictor's name where the whole name does not fit
 
 
 def summary(result: SearchResult) -> Text:
     """A line per finalist on the confirmation prompts, then what was gained and what is held."""
     text = Text(no_wrap=True)
     text.append(
-        f"{'policy':{_LABEL}}{'trial':>6}{'KL search':>11}{'KL confirm':>12}  {'95 %':17}{'top-1':>7}\n", "bold"
+        f"{'policy':{_LABEL}}{'trial':>5}{'KL search':>10}{'KL confirm':>11}  {'95 %':17}{'top-1':>7}\n", "bold"
     )
     for finalist in result.finalists:
         text.append(_line(finalist), "green" if finalist is result.winner else "")
-    if result.gain is not None and result.recipe is not result.winner and result.recipe is not None:
-        low, high = result.gain.low, result.gain.high
-        sure = "" if low > 0 else "; the interval holds 0, so more prompts may say otherwise"
-        label = result.recipe.trial.label
-        text.append(f"\nKL below the best recipe ({label}) by {result.gain.mean:.4f} [{low:.4f}, {high:.4f}]{sure}")
-    elif result.recipe is result.winner and result.recipe is not None:
-        text.append(f"\na recipe won: {result.recipe.trial.label}")
-    held = result.bytes
-    text.append(
-        f"\n{format_bytes(held.total)} of {format_bytes(held.full)} ({held.ratio:.2%}) "
-        f"for a prompt of {result.context_tokens} tokens"
-    )
+    caption = _caption(result)
+    if caption:
+        text.append(textwrap.fill(caption, WIDTH, subsequent_indent="  ") + "\n", "dim")
+    recipe, gain, held = result.recipe, result.gain, result.bytes
+    notes = []
+    if recipe is not None and recipe is result.winner:
+        notes.append(f"a recipe won: {recipe.trial.label}")
+    elif recipe is not None and gain is not None:
+        sure = "" if gain.low > 0 else "; the interval holds 0, so more prompts may say otherwise"
+        span = f"{gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
+        notes.append(f"KL below the best recipe ({recipe.trial.label}) by {span}{sure}")
+    size = f"{format_bytes(held.total)} of {format_bytes(held.full)} ({held.ratio:.2%})"
     task = result.winner.scores.mean_task
-    if task is not None:
-        text.append(f"; {task:.1%} of the answers exact")
+    exact = "" if task is None else f"; {task:.1%} of the answers exact"
+    notes.append(f"{size} for a prompt of {result.context_tokens} tokens{exact}")
+    text.append("".join("\n" + textwrap.fill(told, WIDTH, subsequent_indent="  ") for told in notes))
     if result.num_failed:
         text.append(
             f"\nnote: {result.num_failed} of {len(result.trials)} trials scored nan and were not used", "yellow"
@@ -44,11 +50,42 @@ def summary(result: SearchResult) -> Text:
 
 def _line(finalist: Finalist) -> str:
     row, interval = finalist.trial, finalist.interval
-    label = row.label if len(row.label) < _LABEL else row.label[: _LABEL - 3] + ".."
     top1 = finalist.scores.mean_top1
     searched = f"{row.kl:.4f}" if row.is_valid else "-"
     span = f"[{interval.low:.4f}, {interval.high:.4f}]"
-    return f"{label:{_LABEL}}{row.number:>6}{searched:>11}{finalist.kl:>12.4f}  {span:17}{top1:>7.1%}\n"
+    return f"{name(row):{_LABEL}}{row.number:>5}{searched:>10}{finalist.kl:>11.4f}  {span:17}{top1:>7.1%}\n"
+
+
+def name(row: TrialRow) -> str:
+    """What the table calls a trial: a warm start's label, or 'knapsack tova/knorm': split and evictor per group."""
+    if row.label != SEARCHED:
+        return _clip(row.label)
+    whole = _described(row.params, row.params.evictors)
+    return whole if len(whole) <= _LABEL else _clip(_described(row.params, [e[:_SHORT] for e in row.params.evictors]))
+
+
+def _described(params: Params, evictors: Sequence[str]) -> str:
+    """Groups that all have one evictor are told once."""
+    chosen = evictors[:1] if len(set(params.evictors)) == 1 else evictors
+    shared = f" +{params.shared_layers}" if params.shared_layers else ""
+    return f"{params.split} {'/'.join(chosen)}{shared}"
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _LABEL else text[: _LABEL - 2] + ".."
+
+
+def _caption(result: SearchResult) -> str:
+    """How the winner was chosen, and how to read the names."""
+    if len(result.finalists) < 2:
+        return ""
+    told = f"winner: the smallest KL on the {len(result.winner.scores)} confirmation prompts (first line)"
+    found = [f.trial.params for f in result.finalists if f.trial.label == SEARCHED]
+    if any(len(set(params.evictors)) > 1 for params in found):
+        told += "; a/b: evictors of the layer groups, from the least sensitive"
+    if any(params.shared_layers for params in found):
+        told += "; +n: n layers share a cache"
+    return told
 
 
 def as_data(result: SearchResult) -> dict[str, Any]:

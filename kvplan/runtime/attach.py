@@ -79,7 +79,7 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
         raise RuntimeLimitError("a policy is already attached to this model; leave its `with` block first")
     check_runs(model, spec)
     attached = Attached()
-    with switched(model, register()), _without_projections(model, policy):
+    with switched(model, register()), _without_projections(model, policy), _in_chunks(model, policy):
         setattr(model, _ATTACHED, True)
         try:
             yield Runtime(model, policy, spec, attached)
@@ -106,3 +106,18 @@ def _without_projections(model: nn.Module, policy: Policy) -> Iterator[None]:
     finally:
         for module, name, projection in taken:
             setattr(module, name, projection)
+
+
+@contextlib.contextmanager
+def _in_chunks(model: Any, policy: Policy) -> Iterator[None]:
+    """Let `generate` split prompts as the policy says."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not policy.chunked:
+        yield
+        return
+    before = config.prefill_chunk_size
+    config.prefill_chunk_size = policy.prefill_chunk_tokens
+    try:
+        yield
+    finally:
+        config.prefill_chunk_size = before

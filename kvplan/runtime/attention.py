@@ -29,6 +29,8 @@ def mask_function(*args: Any, **kwargs: Any) -> Tensor | None:
         return sdpa_mask(*args, **kwargs)
     padding = kwargs.get("attention_mask")
     cache.padding, cache.mask_noted = padding, True
+    if cache.in_prompt_chunks(kwargs["q_length"]):
+        return None
     if cache.get_seq_length() and kwargs["q_length"] > 1 and padding is not None:
         _refuse_padding(padding[:, -kwargs["q_length"] :])
     return sdpa_mask(*args, **kwargs) if cache.get_seq_length() == 0 else None

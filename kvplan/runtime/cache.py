@@ -12,11 +12,17 @@ from transformers import Cache
 
 from kvplan.errors import MemoryPlanExceeded, RuntimeLimitError
 from kvplan.model_spec import ModelSpec
+from kvplan.policy.layout import evicts
 from kvplan.policy.memory import BytesPlan, plan
 from kvplan.policy.schema import Policy
-from kvplan.runtime.kernels.dense import AttentionArgs, attend
-from kvplan.runtime.layers.budgeted import BudgetedLayer, Seen
+from kvplan.runtime.kernels.dense import AttentionArgs
+from kvplan.runtime.kernels.stored import Part
+from kvplan.runtime.layers.base import PolicyLayer, Seen, attend_seen, heads_to_rows, rows_to_heads
+from kvplan.runtime.layers.budgeted import BudgetedLayer
+from kvplan.runtime.layers.elastic import ElasticLayer
+from kvplan.runtime.layers.per_head import PerHeadLayer
 from kvplan.runtime.layers.shared import SharedLayer
+from kvplan.runtime.layers.staged import StagedLayer
 
 
 @dataclass
@@ -34,6 +40,14 @@ class _Prompt:
     values: Tensor
 
 
+@dataclass
+class _Slots:
+    """What a layer's queries saw, likewise; `kv_heads` where each KV head is a row of its own, else 0."""
+
+    seen: list[Seen]
+    kv_heads: int
+
+
 class _Thread(threading.local):
     """What one forward pass hands from one transformers call to the next."""
 
@@ -44,11 +58,18 @@ class _Thread(threading.local):
 HANDOFF = _Thread()
 
 
-def build_layer(policy: Policy, spec: ModelSpec, index: int) -> BudgetedLayer:
+def build_layer(policy: Policy, spec: ModelSpec, index: int) -> PolicyLayer:
     """The cache layer that carries out one layer policy."""
-    layer = policy.layers[index]
-    kind = BudgetedLayer if layer.shares is None else SharedLayer
-    return kind(layer, spec.layers[index])
+    layer, shape = policy.layers[index], spec.layers[index]
+    if layer.shares is not None:
+        return SharedLayer(layer, shape)
+    inner = StagedLayer if layer.stored_whole[1] else BudgetedLayer
+    if evicts(layer, shape):
+        if layer.evictor.forgets_after is not None:
+            return PerHeadLayer(layer, shape, ElasticLayer)
+        if layer.slots.heads or layer.head_split is not None:
+            return PerHeadLayer(layer, shape, inner, policy.chunked)
+    return inner(layer, shape, policy.chunked)
 
 
 class PolicyCache(Cache):
@@ -68,7 +89,8 @@ class PolicyCache(Cache):
         self.peak_kv_bytes = 0
         sources = [policy.source(i) for i in range(spec.num_layers)]
         self._last_reader = {source: max(i for i, s in enumerate(sources) if s == source) for source in set(sources)}
-        self._contexts: dict[int, _Prompt | list[Seen]] = {}
+        self._contexts: dict[int, _Prompt | _Slots] = {}
+        self._prompt_open = True
 
     # -- the transformers interface -------------------------------------------------------------------------------
 
@@ -112,19 +134,29 @@ class PolicyCache(Cache):
                 "this forward brought its own 4-D attention mask, which kvplan's cache cannot honour after eviction; "
                 "pass a 2-D attention_mask (or none)"
             )
-        layer: BudgetedLayer = self.layers[index]
+        layer: PolicyLayer = self.layers[index]
         source = self.policy.source(index)
-        first = layer.columns == 0
-        if first:
+        if self.in_prompt_chunks(q.shape[2], layer.columns):
+            output = self._run_later(index, source, q, keys, values, args, self._valid(keys, first=layer.columns == 0))
+        elif layer.columns == 0:
             output = self._run_prompt(index, source, q, keys, values, args, prefill)
         else:
-            output = self._run_later(index, source, q, keys, values, args)
+            output = self._run_later(index, source, q, keys, values, args, None)
         layer.columns += q.shape[2]
         if self._last_reader.get(source) == index:
             self._contexts.pop(source, None)
         if index == self.spec.num_layers - 1:
             self.mask_noted, self.padding = False, None
+            self._prompt_open = self._prompt_open and q.shape[2] == self.policy.prefill_chunk_tokens
         return output
+
+    def in_prompt_chunks(self, num_new: int, columns: int | None = None) -> bool:
+        """Whether new tokens are a piece of a prompt that comes in chunks; a single token after others is decoded.
+
+        The prompt ends with the first forward that is not exactly as long as a chunk.
+        """
+        columns = self.get_seq_length() if columns is None else columns
+        return self.policy.chunked and self._prompt_open and (num_new > 1 or columns == 0)
 
     def _run_prompt(
         self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any
@@ -141,37 +173,53 @@ class PolicyCache(Cache):
         return output
 
     def _run_later(
-        self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs
+        self,
+        index: int,
+        source: int,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        args: AttentionArgs,
+        chunk_valid: Tensor | None,
     ) -> Tensor:
+        """Tokens that come to what is held: a piece of the prompt where `chunk_valid` [B, T] is given."""
         if source != index:
-            seen = self._contexts[source]
-            assert isinstance(seen, list)
-            parts = [attend(q[s.start : s.stop], s.keys, s.values, s.mask, args) for s in seen]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            context = self._contexts[source]
+            assert isinstance(context, _Slots)
+            H = context.kv_heads
+            if not H:
+                return attend_seen(q, context.seen, args)
+            return rows_to_heads(attend_seen(heads_to_rows(q, H), context.seen, args.by_head(q.shape[0], H)), H)
         layer = self.layers[index]
-        before = layer.pool
-        output, seen = layer.append(q, keys, values, args)
-        if self._last_reader[index] != index:
-            self._contexts[index] = seen
-        if layer.pool is not before or keys.shape[2] > 1:
-            extra = sum(before.bytes_by_kind().values()) if layer.pool is not before else 0
+        before = layer.storage
+        shared = self._last_reader[index] != index
+        if chunk_valid is None:
+            output, seen = layer.append(q, keys, values, args, shared)
+        else:
+            output, seen = layer.append_chunk(q, keys, values, chunk_valid, args)
+        if shared:
+            self._contexts[index] = _Slots(seen, layer.heads_as_rows)
+        replaced = [pool for pool in before if pool not in layer.storage]
+        if replaced or keys.shape[2] > 1:
+            extra = sum(sum(pool.bytes_by_kind().values()) for pool in replaced)
             if keys.shape[2] > 1:
-                extra += sum(_storage_bytes(s.keys) + _storage_bytes(s.values) for s in seen)
+                extra += sum(_part_bytes(part) for s in seen for part in s.parts)
             self._note_peak(extra, index)
         return output
 
-    def _valid(self, keys: Tensor) -> Tensor:
-        """[B, T] bool; refuses padding that is not on the left."""
+    def _valid(self, keys: Tensor, first: bool = True) -> Tensor:
+        """[B, T] bool of these tokens; refuses padding that is not on the left of the prompt."""
         B, _, T, _ = keys.shape
         if self.padding is None:
             return torch.ones(B, T, dtype=torch.bool, device=keys.device)
-        valid = self.padding[:, :T].to(keys.device, torch.bool)
+        mask = self.padding if first else self.padding[:, -T:]
+        valid = mask[:, :T].to(keys.device, torch.bool)
         if bool((valid[:, 1:] < valid[:, :-1]).any()):
             raise RuntimeLimitError(
                 "the attention mask has padding after text; kvplan's cache needs left padding "
                 "(tokenizer.padding_side = 'left')"
             )
-        if not bool(valid[:, -1].all()):
+        if not self.policy.chunked and not bool(valid[:, -1].all()):
             raise RuntimeLimitError("a row of the batch has no token at all; drop it")
         return valid
 
@@ -206,13 +254,13 @@ class PolicyCache(Cache):
     def reset(self) -> None:
         for layer in self.layers:
             layer.reset()
-        self.padding, self.mask_noted, self.peak_kv_bytes = None, False, 0
+        self.padding, self.mask_noted, self.peak_kv_bytes, self._prompt_open = None, False, 0, True
         self._contexts.clear()
 
     # -- proof ----------------------------------------------------------------------------------------------------
 
     @property
-    def _owner(self) -> BudgetedLayer:
+    def _owner(self) -> PolicyLayer:
         return self.layers[self.policy.source(0)]
 
     @property
@@ -220,17 +268,21 @@ class PolicyCache(Cache):
         """Storage bytes held now, side arrays included."""
         return sum(sum(layer.bytes_by_kind().values()) for layer in self.layers)
 
+    def row_bytes(self, row: int) -> int:
+        """Storage bytes of one row, in all layers."""
+        return sum(layer.row_bytes(row) for layer in self.layers)
+
     @property
     def full_kv_bytes(self) -> int:
         """What a cache that evicts nothing would hold for the same tokens, without padding."""
         owner = self._owner
-        return self.spec.full_kv_bytes([owner.seen(b) for b in range(len(owner.prompt_tokens))])
+        return self.spec.full_kv_bytes([owner.seen(b) for b in range(owner.num_rows)])
 
     @property
     def plan(self) -> BytesPlan:
         """What the policy promises for the tokens seen so far."""
         owner = self._owner
-        return plan(self.policy, self.spec, owner.prompt_tokens, owner.appended)
+        return plan(self.policy, self.spec, owner.prompt_lengths, owner.appended)
 
     def report(self) -> dict[str, Any]:
         """Bytes by layer and kind, planned, held and peak; tokens seen and held per row.
@@ -246,12 +298,16 @@ class PolicyCache(Cache):
             "kv_bytes_planned": planned.total,
             "kv_bytes_full": self.full_kv_bytes,
             "peak_kv_bytes": self.peak_kv_bytes,
-            "tokens_seen": [owner.seen(b) for b in range(len(owner.prompt_tokens))],
+            "tokens_seen": [owner.seen(b) for b in range(owner.num_rows)],
             "layers": [
-                {**layer.bytes_by_kind(), "held": [layer.held(b) for b in range(len(layer.prompt_tokens))]}
+                {**layer.bytes_by_kind(), "held": [layer.held(b) for b in range(layer.num_rows)]}
                 for layer in self.layers
             ],
         }
+
+
+def _part_bytes(part: Part) -> int:
+    return sum(_storage_bytes(t) for stored in (part.keys, part.values) for t in stored.codes.values())
 
 
 def _storage_bytes(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvplan.methods.evictors import Evictor
+from kvplan.methods.evictors import Evictor, Step
 from kvplan.methods.softmax import masked_softmax
 from kvplan.runtime.kernels.dense import AttentionArgs, attention_logits
 
@@ -71,6 +71,7 @@ def score_scan(
     positions: Tensor,
     scores: Tensor,
     args: AttentionArgs,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a score evictor over T new tokens, step by step.
 
@@ -78,6 +79,7 @@ def score_scan(
         q: [B, Hq, T, D] queries of the new tokens.
         keys: [B, Hkv, N + T, D] old slots, then the new tokens.
         positions: [B, H, N + T] true positions; scores: [B, H, N + T] float32, 0 for the new tokens.
+        bias: [B, Hkv, N + T] added to the logits, or None.
 
     Returns:
         visible [B, H, T, N + T] bool, the final scores, and alive [B, H, N + T] bool after the last step.
@@ -86,6 +88,8 @@ def score_scan(
     T = q.shape[2]
     N = width - T
     logits = attention_logits(q, keys, args)  # [B, Hkv, G, T, N + T]
+    if bias is not None:
+        logits = logits + bias[:, :, None, None]
     held = torch.tensor([state.held for state in rows], device=keys.device)
     limits = torch.tensor([FOREVER if s.capacity is None else s.capacity for s in rows], device=keys.device)
     sinks = torch.tensor([state.sinks for state in rows], device=keys.device)[:, None, None]
@@ -102,5 +106,6 @@ def score_scan(
         alive[..., N + step] = True
         visible[:, :, step] = alive
         probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
-        scores = evictor.observe(scores, probs[..., 0, :].float())
+        seen = torch.minimum(held + step + 1, limits)[:, None, None]
+        scores = evictor.observe(scores, probs[..., 0, :].float(), Step(now[:, :1], seen))
     return visible, scores, alive

@@ -14,7 +14,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from kvplan.errors import MemoryPlanExceeded, RuntimeLimitError
 from kvplan.policy.memory import plan
 from kvplan.runtime.attach import Runtime
-from kvplan.runtime.cache import PolicyCache
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def generate(
             f"the model's scores are nan or infinite in {runtime.spec.dtype}; try another --dtype or --temperature"
         ) from error
     ends = _end_tokens(runtime.model)
-    report, held = cache.report(), [_row_bytes(cache, row) for row in range(len(prompts))]
+    report, held = cache.report(), [cache.row_bytes(row) for row in range(len(prompts))]
     if sum(held) != report["kv_bytes"]:
         raise MemoryPlanExceeded(f"the rows hold {sum(held)} bytes, their buffers {report['kv_bytes']}")
     rows = []
@@ -178,13 +177,6 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
-
-
-def _row_bytes(cache: PolicyCache, row: int) -> int:
-    """Bytes of one row's part of every pool."""
-    pools = [layer.pool.row(row) for layer in cache.layers if layer.pool is not None]
-    parts = [part for rows in pools for part in (rows.keys, rows.values, rows.positions, rows.scores)]
-    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def _end_tokens(model: Any) -> set[int]:

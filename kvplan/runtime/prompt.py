@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,23 +19,25 @@ def column_sums(q: Tensor, keys: Tensor, valid: Tensor, args: AttentionArgs) -> 
     Blocked over queries, so memory is O(block x T). Padded queries and keys give and take nothing.
 
     Args:
-        q: [B, Hq, T, D]; keys: [B, Hkv, T, D]; valid: [B, T] bool.
+        q: [B, Hq, T, D] of the last T columns; keys: [B, Hkv, N, D]; valid: [B, N] bool.
 
     Returns:
-        [B, Hkv, T] float32.
+        [B, Hkv, N] float32.
     """
-    B, Hkv, T, _ = keys.shape
+    B, Hkv, N, _ = keys.shape
+    T = q.shape[2]
     grouped = q.unflatten(1, (Hkv, -1)).float()  # [B, Hkv, G, T, D]
     keys_t = keys.float().mT
-    sums = keys.new_zeros((B, Hkv, T), dtype=torch.float32)
-    positions = torch.arange(T, device=keys.device)
+    sums = keys.new_zeros((B, Hkv, N), dtype=torch.float32)
+    columns = torch.arange(N, device=keys.device)
     for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        block = grouped[:, :, :, start:end]
+        stop = min(start + QUERY_BLOCK, T)
+        first, end = N - T + start, N - T + stop
+        block = grouped[:, :, :, start:stop]
         logits = (block.flatten(2, 3) @ keys_t[..., :end]).unflatten(2, block.shape[2:4]) * args.scaling
         logits = capped(logits, args.softcap)
-        visible = (positions[:end] <= positions[start:end, None]) & valid[:, None, None, None, :end]
-        probs = masked_softmax(logits, visible, args.sink_logits) * valid[:, None, None, start:end, None]
+        visible = (columns[:end] <= columns[first:end, None]) & valid[:, None, None, None, :end]
+        probs = masked_softmax(logits, visible, args.sink_logits) * valid[:, None, None, first:end, None]
         sums[..., :end] += probs.mean(2).sum(2)
     return sums
 
@@ -57,6 +57,23 @@ def prompt_view(
         queries=q[:, :, -max(evictor.window_tokens_needed, 1) :],
         column_sums=column_sums(q, keys, valid, args) if wants_sums else None,
     )
+
+
+def prompt_channels(policy: LayerPolicy, q: Tensor, keys: Tensor, valid: Tensor) -> Tensor | None:
+    """The key channels that stay, [B, Hkv, C] int64; None: all."""
+    if policy.channels is None:
+        return None
+    return policy.channels.select(q[:, :, -policy.channels.window_tokens_needed :], keys, valid)
+
+
+def choose_slots(
+    scores: Tensor | None, policy: LayerPolicy, capacity: int | None, num_tokens: int, device: torch.device
+) -> Tensor:
+    """Which tokens a row keeps, in slot order: [H, n] int64; by time alone without scores."""
+    if scores is not None:
+        return slot_order(scores, policy, capacity)
+    kept = num_tokens if capacity is None else min(num_tokens, capacity)
+    return torch.arange(num_tokens - kept, num_tokens, device=device)[None]
 
 
 def slot_order(scores: Tensor, policy: LayerPolicy, capacity: int | None) -> Tensor:
@@ -80,7 +97,8 @@ def slot_order(scores: Tensor, policy: LayerPolicy, capacity: int | None) -> Ten
     keep = min(T, capacity)
     sinks = min(policy.protected_sinks, keep)
     ranked = scores.double().clone()
-    ranked[:, T - min(policy.recent_tokens, T) :] = torch.inf
+    recent = max(policy.recent_tokens, policy.stored_whole[1])
+    ranked[:, T - min(recent, T) :] = torch.inf
     rest = ranked[:, sinks:].flip(-1)
     descending = T - 1 - rest.sort(dim=-1, descending=True, stable=True).indices[:, : keep - sinks]
     kept = torch.cat([everything[:, :sinks], descending.flip(-1)], -1)
@@ -90,14 +108,3 @@ def slot_order(scores: Tensor, policy: LayerPolicy, capacity: int | None) -> Ten
 def row_lengths(valid: Tensor) -> list[int]:
     """Tokens per row of a left-padded batch."""
     return [int(n) for n in valid.sum(-1).tolist()]
-
-
-def gather_slots(source: Tensor, order: Tensor) -> Tensor:
-    """[Hkv, T, D] at [H, n] -> [Hkv, n, D]; one set of indices serves all heads when H is 1."""
-    index = order.expand(source.shape[0], -1)[..., None].expand(-1, -1, source.shape[-1])
-    return source.gather(1, index)
-
-
-def capacities(policy: LayerPolicy, window: int | None, lengths: Sequence[int]) -> list[int | None]:
-    """Slots that each row may ever hold; a native window is its own capacity."""
-    return [window if window is not None else policy.capacity(n) for n in lengths]

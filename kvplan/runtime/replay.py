@@ -13,34 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplan.policy.schema import LayerPolicy, Policy
+from kvplan.policy.schema import Policy
 from kvplan.runtime.attach import Runtime, attach
 from kvplan.runtime.cache import PolicyCache
 from kvplan.runtime.kernels.dense import AttentionArgs
+from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats
 from kvplan.runtime.layers.budgeted import BudgetedLayer
-from kvplan.runtime.prompt import prompt_view, row_lengths
+from kvplan.runtime.prompt import row_lengths
 
 
 @dataclass
 class LayerCapture:
-    """One layer's prompt: q [B, Hq, T, D] until scored, keys and values [B, Hkv, T, D], scores by evictor."""
+    """One layer's prompt: q [B, Hq, T, D], keys and values [B, Hkv, T, D], and what policies asked of them."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     args: AttentionArgs
-    scores: dict[Any, Tensor] = field(default_factory=dict)
+    stats: dict[Any, PromptStats] = field(default_factory=dict)
 
 
 class _CapturingLayer(BudgetedLayer):
     captured: LayerCapture
 
-    def store_prompt(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs) -> None:
+    def observe_prompt(
+        self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs
+    ) -> PromptStats:
         self.captured = LayerCapture(q, keys, values, args)
-        self.prompt_tokens = row_lengths(valid)
+        return PromptStats()
+
+    def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
+        self._prompt_tokens = lengths
 
     def bytes_by_kind(self) -> dict[str, int]:
-        return {}
+        return dict(NO_BYTES)
 
 
 @dataclass
@@ -56,15 +62,15 @@ class PromptCapture:
     valid: Tensor
     last_logits: Tensor
 
-    def scores(self, layer: int, policy: LayerPolicy, native_window: bool) -> Tensor | None:
-        """The evictor's prompt scores, computed when first asked for and then kept."""
-        if policy.slots.is_full or native_window:
-            return None
-        captured, evictor = self.layers[layer], policy.evictor
-        if evictor not in captured.scores:
-            view = prompt_view(evictor, captured.queries, captured.keys, captured.values, self.valid, captured.args)
-            captured.scores[evictor] = evictor.score(view)
-        return captured.scores[evictor]
+    def stats(self, index: int, layer: PolicyLayer) -> PromptStats:
+        """What a layer's policy asks of the prompt, computed when first asked for and then kept."""
+        captured, policy = self.layers[index], layer.policy
+        asked = (layer.evicts, policy.evictor, policy.channels, layer.heads_as_rows)
+        if asked not in captured.stats:
+            captured.stats[asked] = layer.observe_prompt(
+                captured.queries, captured.keys, captured.values, self.valid, captured.args
+            )
+        return captured.stats[asked]
 
 
 def capture(model: Any, policy: Policy, spec: Any, ids: Tensor, valid: Tensor) -> PromptCapture:
@@ -100,16 +106,25 @@ def forward(
     return out.logits.float()
 
 
+def prefill(runtime: Runtime, cache: PolicyCache, ids: Tensor, valid: Tensor) -> Tensor:
+    """Run a left-padded batch of prompts, in chunks where the policy says so: the logits [B, V] that follow."""
+    chunk, positions = runtime.policy.prefill_chunk_tokens or ids.shape[1], positions_of(valid)
+    for start in range(0, ids.shape[1], chunk):
+        now = slice(start, start + chunk)
+        # The mask covers all columns so far.
+        logits = forward(runtime, cache, ids[:, now], positions[:, now], valid[:, : start + chunk], last_only=True)
+    return logits[:, -1]
+
+
 def replay(runtime: Runtime, prompt: PromptCapture) -> PolicyCache:
     """A cache as the attached policy would have left it after this prompt.
 
-    Only for policies without sharing; see the module's docstring.
+    Only for policies without sharing and without chunked prefill; see the module's docstring.
     """
     cache = runtime.new_cache()
     lengths = row_lengths(prompt.valid)
     for index, layer in enumerate(cache.layers):
         captured = prompt.layers[index]
-        scores = prompt.scores(index, runtime.policy.layers[index], runtime.spec.layers[index].window is not None)
-        layer.fill(captured.keys, captured.values, lengths, scores)
+        layer.fill(captured.keys, captured.values, lengths, prompt.stats(index, layer))
         layer.columns = captured.keys.shape[2]
     return cache

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from kvplan.methods.codecs import Codes
+from kvplan.policy.layout import KINDS, Column
+
+SIDE = ("positions", "scores", "counts")
 
 
 @dataclass(frozen=True)
@@ -15,57 +20,64 @@ class Rows:
     """Rows of equal size, as views into the pool: `start` to `stop` of the batch.
 
     Attributes:
-        keys, values: [b, Hkv, C, D] where C is the slots allocated per row.
-        positions: [b, H, C] int32 or None; H is Hkv, or 1 with one set of tokens for all heads.
-        scores: [b, H, C] float32 or None.
+        columns: By name, [b, H, C / tokens of a unit, width] where C is the slots allocated per row; side arrays
+            (positions, scores, counts) are [b, H, C].
     """
 
     start: int
     stop: int
-    keys: Tensor
-    values: Tensor
-    positions: Tensor | None
-    scores: Tensor | None
+    columns: Mapping[str, Tensor]
+
+    @property
+    def positions(self) -> Tensor:
+        """[b, H, C] int32; H is Hkv, or 1 with one set of tokens for all heads."""
+        return self.columns["positions"]
+
+    @property
+    def scores(self) -> Tensor:
+        """[b, H, C] float32."""
+        return self.columns["scores"]
+
+    def codes(self, role: str, slots: int | None = None, tokens: int = 1) -> Codes:
+        """The stored keys or values, of the first `slots` slots (all by default) in units of `tokens`."""
+        prefix, units = f"{role}.", None if slots is None else -(-slots // tokens)
+        return {n.removeprefix(prefix): t[:, :, :units] for n, t in self.columns.items() if n.startswith(prefix)}
 
 
 class Pool:
-    """Keys, values and, for score evictors, positions and scores.
+    """The columns of a layer's slots.
 
     Args:
-        sizes: Slots per row.
-        like_keys: Any keys [*, Hkv, *, Dk] of this layer: gives heads, dims, dtype and device.
-        like_values: Likewise for values.
-        side_heads: Heads of the side arrays: 0 (none), 1 or Hkv.
+        columns: What is stored.
+        sizes: Slots per row; whole units.
+        device: Where.
     """
 
-    def __init__(self, sizes: Sequence[int], like_keys: Tensor, like_values: Tensor, side_heads: int) -> None:
-        self.sizes, self.heads, self.side_heads = list(sizes), like_keys.shape[1], side_heads
+    def __init__(self, columns: Sequence[Column], sizes: Sequence[int], device: torch.device) -> None:
+        self.columns, self.sizes, self.device = tuple(columns), list(sizes), device
         slots = sum(self.sizes)
-        self.keys = like_keys.new_zeros(slots * self.heads, like_keys.shape[-1])
-        self.values = like_values.new_zeros(slots * self.heads, like_values.shape[-1])
-        side = slots * side_heads
-        self.positions = like_keys.new_zeros(side, dtype=torch.int32) if side_heads else None
-        self.scores = like_keys.new_zeros(side, dtype=torch.float32) if side_heads else None
+        self.buffers = {
+            c.name: torch.zeros(slots // c.tokens * c.heads, c.width, dtype=c.dtype, device=device)
+            for c in self.columns
+        }
         self._starts = [0, *accumulate(self.sizes)]
         self._rows = self._view_rows()
 
-    def _span(self, start: int, stop: int) -> Rows:
+    def span(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop`, which must be of one size."""
         size, b, low, high = self.sizes[start], stop - start, self._starts[start], self._starts[stop]
-        heads, side = self.heads, self.side_heads
-
-        def view(buffer: Tensor) -> Tensor:
-            return buffer[low * heads : high * heads].view(b, heads, size, buffer.shape[-1])
-
-        def side_view(buffer: Tensor | None) -> Tensor | None:
-            return None if buffer is None else buffer[low * side : high * side].view(b, side, size)
-
-        return Rows(start, stop, view(self.keys), view(self.values), side_view(self.positions), side_view(self.scores))
+        views = {}
+        for c in self.columns:
+            part = self.buffers[c.name][low // c.tokens * c.heads : high // c.tokens * c.heads]
+            shape = (b, c.heads, size // c.tokens)
+            views[c.name] = part.view(shape) if c.name in SIDE else part.view(*shape, c.width)
+        return Rows(start, stop, views)
 
     def _view_rows(self) -> list[Rows]:
         spans, start = [], 0
         for stop in range(1, len(self.sizes) + 1):
             if stop == len(self.sizes) or self.sizes[stop] != self.sizes[start]:
-                spans.append(self._span(start, stop))
+                spans.append(self.span(start, stop))
                 start = stop
         return spans
 
@@ -75,37 +87,29 @@ class Pool:
         return self._rows
 
     def row(self, index: int) -> Rows:
-        return self._span(index, index + 1)
+        return self.span(index, index + 1)
 
-    def resized(self, sizes: Sequence[int], held: Sequence[int]) -> Pool:
-        """A new pool with the first `held` slots of each row copied."""
-        new = Pool(sizes, *self._likes(), self.side_heads)
-        for index, count in enumerate(held):
-            new.copy_row(index, self, index, count)
+    def resized(self, sizes: Sequence[int]) -> Pool:
+        """A new pool with as many slots of each row copied as fit."""
+        return self.selected(range(len(self.sizes)), sizes)
+
+    def selected(self, indices: Sequence[int], sizes: Sequence[int] | None = None) -> Pool:
+        """A new pool of the given rows, in that order."""
+        new = Pool(self.columns, [self.sizes[i] for i in indices] if sizes is None else sizes, self.device)
+        for index, source in enumerate(indices):
+            mine, theirs = new.row(index).columns, self.row(source).columns
+            for name, target in mine.items():
+                units = min(target.shape[2], theirs[name].shape[2])
+                target[:, :, :units] = theirs[name][:, :, :units]
         return new
-
-    def selected(self, indices: Sequence[int], held: Sequence[int]) -> Pool:
-        """A new pool of the given rows, in that order; `held` is per new row."""
-        new = Pool([self.sizes[i] for i in indices], *self._likes(), self.side_heads)
-        for index, (source, count) in enumerate(zip(indices, held, strict=True)):
-            new.copy_row(index, self, source, count)
-        return new
-
-    def copy_row(self, index: int, other: Pool, source: int, count: int) -> None:
-        mine, theirs = self.row(index), other.row(source)
-        mine.keys[:, :, :count] = theirs.keys[:, :, :count]
-        mine.values[:, :, :count] = theirs.values[:, :, :count]
-        if mine.positions is not None and mine.scores is not None:
-            assert theirs.positions is not None and theirs.scores is not None
-            mine.positions[..., :count] = theirs.positions[..., :count]
-            mine.scores[..., :count] = theirs.scores[..., :count]
-
-    def _likes(self) -> tuple[Tensor, Tensor]:
-        return self.keys.view(-1, self.heads, 1, self.keys.shape[-1]), self.values.view(
-            -1, self.heads, 1, self.values.shape[-1]
-        )
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Storage bytes really allocated."""
-        buffers = {"keys": self.keys, "values": self.values, "positions": self.positions, "scores": self.scores}
-        return {kind: 0 if t is None else t.untyped_storage().nbytes() for kind, t in buffers.items()}
+        held = dict.fromkeys(KINDS, 0)
+        for column in self.columns:
+            held[column.kind] += self.buffers[column.name].untyped_storage().nbytes()
+        return held
+
+    def row_bytes(self, index: int) -> int:
+        """Bytes of one row's part of the buffers."""
+        return sum(t.numel() * t.element_size() for t in self.row(index).columns.values())

@@ -16,6 +16,7 @@ from kvplan.stats import Interval, PromptScores, bootstrap
 
 Score = Callable[[Policy, list[int]], PromptScores]
 FINALISTS = 6
+SEARCHED = "search"  # the label of a trial that the sampler chose
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,23 @@ def confirm(
     context_tokens: int,
     seed: int,
     spec: ModelSpec,
+    on_confirm: Callable[[int, int], None] = lambda done, total: None,
 ) -> SearchResult:
     """Score the best distinct policies and the best recipe on `prompts`; the smallest mean KL there wins.
+
+    `on_confirm` is called with the candidates scored so far, from 0 on, and their number.
 
     Raises:
         StudyError: no candidate gave a score.
     """
     chosen = finalists(rows, recipes)
     entries = []
-    for row in chosen:
+    on_confirm(0, len(chosen))
+    for done, row in enumerate(chosen, 1):
         scores = score(row.policy, list(prompts))
         if math.isfinite(scores.mean_kl):
             entries.append(Finalist(row, scores, bootstrap(scores.kl, seed=seed)))
+        on_confirm(done, len(chosen))
     if not entries:
         raise StudyError("no candidate gave a score on the confirmation prompts: all were nan")
     entries.sort(key=lambda f: f.kl)

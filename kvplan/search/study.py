@@ -20,7 +20,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.budget import Protection
 from kvplan.search.compile import Compiler, budget_for
-from kvplan.search.confirm import Score, SearchResult, TrialRow, confirm, state
+from kvplan.search.confirm import SEARCHED, Score, SearchResult, TrialRow, confirm, state
 from kvplan.search.journal import INTERRUPTED, open_study
 from kvplan.search.space import SearchSpace
 from kvplan.stats import PromptScores
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
 GP_TRIALS = 250  # a Gaussian process costs the cube of the trials; beyond, TPE
-SEARCHED = "search"
 
 
 def search(
@@ -47,6 +46,8 @@ def search(
     storage: Path | None = None,
     on_best: Callable[[Policy], None] = lambda policy: None,
     on_trial: Callable[[TrialRow, TrialRow, int], None] = lambda row, best, done: None,
+    on_confirm: Callable[[int, int], None] = lambda done, total: None,
+    prepare: Callable[[Sequence[int]], None] = lambda prompts: None,
     evictors: Sequence[str] = (),
     protection: Protection = Protection(),
     identity: Mapping[str, str] | None = None,
@@ -70,6 +71,8 @@ def search(
         storage: The journal of a search that can be killed and resumed, or None.
         on_best: Called with every policy that is better than all before, with its scores stated, and with the winner.
         on_trial: Called after each trial with its row, the best row so far and the number of trials so far.
+        on_confirm: Called with the candidates confirmed so far, from 0 on, and their number.
+        prepare: Called with prompts right before policies are scored on them for the first time.
         evictors: Names to choose from; by default all that the profile measured.
         protection: What every layer keeps.
         identity: What else decides a score, for example the fingerprint of the prompts.
@@ -88,7 +91,8 @@ def search(
     if trials == 0:
         policy = compiler.compile(starts[0].params, run.provenance)
         row = TrialRow(0, starts[0].label, starts[0].params, policy, None)
-        result = confirm([row], [], score, confirm_prompts, context, seed, spec)
+        prepare(confirm_prompts)
+        result = confirm([row], [], score, confirm_prompts, context, seed, spec, on_confirm)
         on_best(result.policy)
         return result
     known = {
@@ -110,7 +114,9 @@ def search(
         for start in starts:
             if start.label not in labels:
                 study.enqueue_trial(run.space.flat(start.params), user_attrs={"label": start.label})
-        for _ in range(len(run.rows), trials):
+        if resumed < trials:
+            prepare(search_prompts)
+        for _ in range(resumed, trials):
             before = run.best
             row = run.trial(study)
             if run.best is not None and run.best is not before:
@@ -121,7 +127,8 @@ def search(
     if run.best is None:
         raise StudyError(f"no trial gave a score: {len(run.rows)} were tried, and all were nan")
     recipes = [start.label for start in starts if start.is_recipe]
-    result = confirm(run.rows, recipes, score, confirm_prompts, context, seed, spec)
+    prepare(confirm_prompts)
+    result = confirm(run.rows, recipes, score, confirm_prompts, context, seed, spec, on_confirm)
     on_best(result.policy)
     return replace(result, resumed=resumed)
 

@@ -215,12 +215,20 @@ def test_commands_merge_and_show(shards, whole, tmp_path):
     shards[0].save(a)
     shards[1].save(b)
     run = CliRunner().invoke
-    assert run(app, ["merge", str(a), str(b), "-o", str(c)]).exit_code == 0
+    merged = run(app, ["merge", str(a), str(b), "-o", str(c)])
+    assert merged.exit_code == 0 and merged.output.endswith("; its times are sums over the 2 profiles\n")
     assert Profile.load(c).cosine == whole.cosine
     result = run(app, ["merge", str(a), str(a), "-o", str(c)])
     assert isinstance(result.exception, ProfileError) and "a.json: cannot be merged, 2 prompts" in str(result.exception)
     assert Profile.load(c).cosine == whole.cosine
     assert json.loads(run(app, ["show", str(c), "--json"]).output)["data"]["prompts"] == 5
+
+
+def test_groups_are_lettered_from_the_least_important(whole, monkeypatch):
+    monkeypatch.setattr("kvplan.report.profile.layer_groups", lambda values, **options: [[2, 0], [1]])
+    text = table(whole).plain
+    assert [line.split()[1] for line in text.splitlines() if "±" in line] == ["a", "b", "a"]
+    assert "2 groups, a the least" in " ".join(text.split())
 
 
 def test_table_fits_and_names_every_layer(whole):

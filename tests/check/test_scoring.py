@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kvplan.check.scoring import Scorer
 from kvplan.methods.evictors import evictors
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots
 from kvplan.runtime.attach import attach, spec_of
+from kvplan.runtime.replay import PromptCapture, capture
 
 
 def examples(lengths: tuple[int, ...], continuation: int = 9) -> list[Example]:
@@ -79,6 +81,22 @@ def test_scores_do_not_depend_on_batching_or_on_what_else_is_asked() -> None:
     single = Scorer(made, spec_of(made), items, batch_tokens=1, keep=False).score(policy("h2o"), [3, 0])
     assert single.kl == pytest.approx((whole.kl[3], whole.kl[0]), abs=1e-6)
     assert single.task == (whole.task[3], whole.task[0])
+
+
+def test_prepared_prompts_are_not_prefilled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, captured, steps = model("llama"), [], []
+
+    def counting(*args: Any) -> PromptCapture:
+        captured.append(args)
+        return capture(*args)
+
+    monkeypatch.setattr("kvplan.check.scoring.capture", counting)
+    scorer = Scorer(made, spec_of(made), examples((40, 23, 31, 12)), batch_tokens=80)
+    scorer.prepare([0, 2, 3], lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 3), (3, 3)] and len(captured) == 2
+    scores = scorer.score(policy("snapkv"), [3, 0, 2])
+    assert len(captured) == 2
+    assert scores == Scorer(made, spec_of(made), scorer.examples, batch_tokens=80).score(policy("snapkv"), [3, 0, 2])
 
 
 def test_the_full_policy_loses_nothing() -> None:

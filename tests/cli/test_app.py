@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import re
 import signal
@@ -6,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import typer
+from rich.console import Console
 
 from kvplan import __version__
 from kvplan.cli import console
@@ -148,6 +151,31 @@ def test_progress_off_a_terminal_is_a_line_per_tenth(capsys: pytest.CaptureFixtu
     assert len(lines) == 10
     assert re.fullmatch(r"search: 4/40 \(10%, \d+s, best 0\.1\)", lines[0])
     assert lines[-1].startswith("search: 40/40 (100%")
+
+
+def test_stages_follow_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.stages() as report:
+        for what, total in (("first", 2), ("second", 1), ("first", 1)):
+            for done in range(total + 1):
+                report(what, done, total, note="x" * done)
+    told = [re.sub(r"\d+s", "0s", line) for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        "first: 1/2 (50%, 0s, x)",
+        "first: 2/2 (100%, 0s, xx)",
+        "second: 1/1 (100%, 0s, x)",
+        "first: 1/1 (100%, 0s, x)",
+    ]
+
+
+def test_stages_on_a_terminal_are_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=stream, force_terminal=True, width=80))
+    with suppress(KeyboardInterrupt), console.stages() as report:
+        report("first", 1, 1)
+        report("second", 1, 2)
+        raise KeyboardInterrupt
+    assert not console.err._live_stack  # the last bar has been closed
+    assert stream.getvalue().index("first") < stream.getvalue().index("second")
 
 
 SCRIPT = """

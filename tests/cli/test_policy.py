@@ -55,6 +55,14 @@ def test_show_draws_every_layer_without_colour(policy_file):
     assert lines[-1] == "32.8% of the slots of a full cache after a prompt of 1024 tokens"
 
 
+def test_show_takes_the_prompt_that_the_policy_was_planned_for(tmp_path):
+    path = tmp_path / "p.yaml"
+    for planned, tokens in ((None, 1024), ({"prompt_tokens": 700}, 700), ({"prompt_tokens": "many"}, 1024)):
+        save_policy(Policy(layers=LAYERS, model=MODEL, provenance={"planned": planned}), path)
+        assert run("show", path).splitlines()[-1].endswith(f"after a prompt of {tokens} tokens")
+        assert run("show", path, "--context", 90).splitlines()[-1].endswith("after a prompt of 90 tokens")
+
+
 def test_validate_prints_ok_and_reports_every_bad_file(policy_file, tmp_path):
     assert CliRunner().invoke(app, ["validate", str(policy_file)]).stdout == f"{policy_file}: ok\n"
     bad = tmp_path / "bad.yaml"

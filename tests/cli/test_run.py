@@ -32,7 +32,8 @@ FIELDS = {
     "kv_bytes_planned",
     "kv_bytes_full",
     "kv_ratio",
-    "peak_kv_bytes",
+    "batch_peak_kv_bytes",
+    "batch_rows",
     "prefill_seconds",
     "decode_tokens_per_second",
 }
@@ -102,9 +103,9 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(here: Path, capsys: pytest.C
 def test_json_has_every_field(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kvplan_run(LONG, "--max-new-tokens", 5, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) >= FIELDS and "id" not in found
+    assert set(found) >= FIELDS and not {"id", "peak_kv_bytes"} & set(found)
     assert (found["prompt_tokens"], found["new_tokens"]) == (90, 5)
-    assert found["kv_bytes"] == found["kv_bytes_planned"] < found["kv_bytes_full"] <= found["peak_kv_bytes"] * 3
+    assert found["kv_bytes"] == found["kv_bytes_planned"] < found["kv_bytes_full"] <= found["batch_peak_kv_bytes"] * 3
     assert found["kv_ratio"] == found["kv_bytes"] / found["kv_bytes_full"]
 
 
@@ -138,6 +139,27 @@ def test_data_goes_to_a_file_in_order(here: Path, capsys: pytest.CaptureFixture[
         assert row["text"].split()[:words] == other["text"].split()[:words]
 
 
+def test_texts_of_data_have_their_ids(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = records(here / "in.jsonl")
+    assert kvplan_run("--data", data, "--max-new-tokens", 3, "--json") == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert kvplan_run("--data", data, "--max-new-tokens", 3) == 0
+    told = "".join(f"== {name}\n{text}\n" for name, text in zip("abcd", texts, strict=True))
+    assert capsys.readouterr().out == told
+
+
+def test_more_bytes_than_the_full_caches_are_explained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "above 100%: growing layers hold room for the next tokens; full counts none"
+    assert kvplan_run(LONG, "--compare", "--max-new-tokens", 20) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "= 111.9% of full" in lines[1] and lines[2] == told
+    save_policy(Policy(layers=(LayerPolicy(),) * 2), here / "p.yaml")
+    assert kvplan_run(LONG, "--max-new-tokens", 20) == 0
+    assert capsys.readouterr().err.splitlines()[1:] == [told]
+    assert kvplan_run(LONG, "--compare", "--max-new-tokens", 1) == 0
+    assert told not in capsys.readouterr().err
+
+
 def test_compare_shows_both(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert kvplan_run(LONG, "--compare", "--json") == 0
     captured = capsys.readouterr()
@@ -146,8 +168,8 @@ def test_compare_shows_both(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not found["same_text"] and found["first_difference"] < 64
     told = captured.err.splitlines()
     assert told[0].startswith("policy: KV cache") and told[1].startswith("full:   KV cache")
-    assert told[2] == f"the full cache gives another text, from new token {found['first_difference'] + 1} on:"
-    assert told[3:] == [f"policy> {found['text']}", f"full>   {found['full']['text']}"]
+    assert told[3] == f"the full cache gives another text, from new token {found['first_difference'] + 1} on:"
+    assert told[4:] == [f"policy> {found['text']}", f"full>   {found['full']['text']}"]
     assert kvplan_run("a b", "--compare", "--max-new-tokens", 4) == 0
     assert "the full cache gives the same tokens" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,8 +19,11 @@ from kvplan.cli.exits import run_app
 from kvplan.cli.search import parse_target
 from kvplan.errors import TargetError
 from kvplan.model_spec import ModelSpec
-from kvplan.policy.schema import Target
+from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import load_policy
+from kvplan.report.search import name
+from kvplan.search.compile import Params
+from kvplan.search.confirm import SEARCHED, TrialRow
 from kvplan.units import parse_bytes
 
 EXAMPLES = [
@@ -68,7 +72,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
     score = FakeScore()
     profile = FakeProfile()
     scoring: Any = ModuleType("kvplan.check.scoring")
-    scoring.Scorer = lambda model, spec, examples: SimpleNamespace(score=score)
+    scoring.Scorer = lambda model, spec, examples: SimpleNamespace(score=score, prepare=score.prepare)
     monkeypatch.setitem(sys.modules, "kvplan.check.scoring", scoring)
     monkeypatch.setattr(kvplan.calibrate.profile.Profile, "load", classmethod(lambda cls, path: profile))
     monkeypatch.setattr(kvplan.calibrate.prompts, "load_examples", lambda *args, **options: EXAMPLES)
@@ -110,6 +114,70 @@ def test_json_is_data_on_stdout(faked: FakeScore, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["bytes"]["planned"] <= 98304
     assert len(found["trials"]) == 3 and found["winner"]["kl_95"][0] <= found["winner"]["kl"]
+
+
+def test_every_stage_shows_its_progress_and_stdout_stays_data(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "3", "--json") == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    stages = [line.split(":")[0] for line in captured.err.splitlines() if "%" in line]
+    assert [name for name, _ in groupby(stages)] == [
+        "prefilling prompts",
+        "searching",
+        "prefilling prompts",
+        "confirming",
+    ]
+    assert [stages.count(name) for name in ("prefilling prompts", "searching", "confirming")] == [2, 3, 3]
+
+
+@pytest.mark.parametrize(("calls", "prepared", "saved"), [(None, 1, False), (None, 2, True), (5, None, True)])
+def test_an_interrupt_in_any_stage_is_one_word(
+    faked: FakeScore,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    calls: int | None,
+    prepared: int | None,
+    saved: bool,
+) -> None:
+    faked.fail_at, faked.fail_at_prepare = calls, prepared
+    assert kvplan_search("--mem", "40%", "--trials", "3") == 130
+    captured = capsys.readouterr()
+    talk = [line for line in captured.err.splitlines() if "%" not in line]
+    kept = ["the best policy so far is in policy.yaml; the same command goes on from policy.40pct.journal"]
+    assert captured.out == "" and talk[-1] == "error: interrupted"
+    assert [line for line in captured.err.splitlines()[-2:-1] if "best policy" in line] == (kept if saved else [])
+    assert (tmp_path / "policy.yaml").exists() == saved
+
+
+def test_the_table_tells_the_candidates_apart(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "20") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    head = next(i for i, line in enumerate(lines) if line.startswith("policy "))
+    shown = [line[:27].strip() for line in lines[head + 1 :]]
+    assert "search" not in shown and any("/" in name for name in shown[:4])
+    told = " ".join(lines)
+    assert "winner: the smallest KL on the 3 confirmation prompts (first line)" in told
+
+
+@pytest.mark.parametrize(
+    ("evictors", "shared", "told"),
+    [
+        ("tova tova", 0, "knapsack tova"),
+        ("tova tova", 2, "knapsack tova +2"),
+        ("profile snapkv", 0, "knapsack profile/snapkv"),
+        ("streaming snapkv h2o", 0, "knapsack str/sna/h2o"),
+        ("streaming snapkv h2o tova", 2, "knapsack str/sna/h2o/tov +2"),
+    ],
+)
+def test_names_of_found_policies(evictors: str, shared: int, told: str) -> None:
+    chosen = tuple(evictors.split())
+    params = Params(split="knapsack", scales=(1.0,) * len(chosen), evictors=chosen, shared_layers=shared)
+    row = TrialRow(7, SEARCHED, params, Policy(layers=()), None)
+    assert name(row) == told
+    assert name(replace(row, label="uniform tova")) == "uniform tova"
 
 
 def test_an_interrupted_search_leaves_its_best_and_resumes(faked: FakeScore, tmp_path: Path) -> None:

@@ -98,13 +98,15 @@ HEAVY = [[0, 1, 2, 4, 7, 9], [0, 1, 2, 4, 6, 7], [0, 1, 3, 4, 5, 7], [0, 1, 2, 3
 
 def test_h2o_prefill_equals_the_real_drop_class() -> None:
     after_prompt, _ = run("h2o", K_MHA, V_MHA, slots=12, recent=6, prompt=24)
-    assert after_prompt.pool.positions.view(4, 12).sort().values.tolist() == [h + list(range(18, 24)) for h in HEAVY]
+    assert after_prompt.pool.buffers["positions"].view(4, 12).sort().values.tolist() == [
+        h + list(range(18, 24)) for h in HEAVY
+    ]
 
 
 def test_h2o_decoding_equals_the_real_drop_class() -> None:
     # The reference attends over 13 tokens, then drops one; it protects 6 recent ones besides the token to come.
     _, after_all = run("h2o", K_MHA, V_MHA, slots=13, recent=7, prompt=24)
-    positions, scores = after_all.pool.positions.view(4, 13), after_all.pool.scores.view(4, 13)
+    positions, scores = after_all.pool.buffers["positions"].view(4, 13), after_all.pool.buffers["scores"].view(4, 13)
     for head in range(4):
         held = sorted(zip(positions[head].tolist(), scores[head].tolist(), strict=True))
         old = [(score, position) for position, score in held if position < 42]
@@ -124,5 +126,6 @@ def test_tova_equals_the_reference_while_decoding(stop: int, expected: list[int]
     # 13 slots are the reference's 12: it drops after attending, we when the next token comes.
     layers = run("tova", K, V, slots=13, recent=1, prompt=24)
     layer = layers[0] if stop == 24 else layers[1]
-    held = sorted(zip(layer.pool.scores.tolist(), layer.pool.positions.tolist(), strict=True))
+    stored = layer.pool.row(0)
+    held = sorted(zip(stored.scores[0, 0].tolist(), stored.positions[0, 0].tolist(), strict=True))
     assert sorted(position for _, position in held[1:]) == expected

@@ -12,7 +12,15 @@ from kvplan.methods.evictors.tova import TOVA
 from kvplan.methods.params import Choice, search_ranges
 from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots, Target
-from kvplan.policy.serialize import check_model, check_policy, dump_policy, load_policy, parse_policy, save_policy
+from kvplan.policy.serialize import (
+    SCHEMA_FILE,
+    check_model,
+    check_policy,
+    dump_policy,
+    load_policy,
+    parse_policy,
+    save_policy,
+)
 
 ONE = {"layers": 1, "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"}
 MODEL = "model: {layers: 8, kv_heads: 2, head_dim: 32, dtype: bfloat16}\n"
@@ -135,7 +143,7 @@ def test_equal_layers_become_one_readable_entry():
     policy = Policy(
         layers=(*(LayerPolicy(),) * 4, window, LayerPolicy(shares=4), window, window), target=Target(share=4000)
     )
-    assert dump_policy(policy).splitlines()[1:] == [
+    assert dump_policy(policy).splitlines() == [
         "kvplan: 1",
         "target: {share: 40%}",
         "layers:",
@@ -144,7 +152,6 @@ def test_equal_layers_become_one_readable_entry():
         "evictor: {snapkv: {window_tokens: 16}}}",
         "  5: {shares: 4}",
     ]
-    assert dump_policy(policy).startswith("# yaml-language-server: $schema=")
 
 
 def test_target_bytes_are_exact():
@@ -158,6 +165,16 @@ def test_save_then_load(tmp_path):
     policy = Policy(layers=(LayerPolicy(slots=Slots(100), evictor=TOVA()),))
     save_policy(policy, tmp_path / "p.yaml")
     assert load_policy(tmp_path / "p.yaml") == policy
+
+
+def test_a_file_points_to_the_schema_only_where_it_lies_beside_it(tmp_path):
+    policy, path = Policy(layers=(LayerPolicy(),)), tmp_path / "p.yaml"
+    save_policy(policy, path)
+    assert path.read_text().startswith("kvplan: 1\n")
+    (tmp_path / SCHEMA_FILE).write_text("{}")
+    save_policy(policy, path)
+    assert path.read_text() == f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n{dump_policy(policy)}"
+    assert load_policy(path) == policy
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path):
@@ -194,18 +211,18 @@ ONE_PROBLEM = {
     "unknown top key": (
         "kvplan: 1\ntraget: {share: 40%}\nlayers: {0: {slots: full}}\n",
         "p.yaml:2:1: traget: unknown key 'traget'; did you mean 'target'? "
-        "(known: kvplan, model, target, layers, provenance)",
+        "(known: kvplan, model, target, prefill, layers, provenance)",
     ),
     "no layers": ("kvplan: 1\n", "p.yaml:1:1: layers: is required"),
     "unknown layer key": (
         layers("0: {slots: 64, evicter: tova}"),
         "p.yaml:3:18: layers.0.evicter: unknown key 'evicter'; did you mean 'evictor'? "
-        "(known: slots, sink_tokens, recent_tokens, min_slots, evictor, shares)",
+        "(known: slots, sink_tokens, recent_tokens, min_slots, evictor, head_split, merger, channels, codec, shares)",
     ),
     "unknown evictor": (
         layers("0-3: {slots: full}", "4-15: {slots: 64, evictor: snapvk}"),
         "p.yaml:4:30: layers.4-15.evictor: unknown evictor 'snapvk'; did you mean 'snapkv'? "
-        "(known: h2o, knorm, sliding, snapkv, streaming, tova)",
+        "(known: corm, h2o, knorm, sliding, snapkv, streaming, tova)",
     ),
     "unknown parameter": (
         layers("0: {slots: 64, evictor: {snapkv: {window: 8}}}"),
@@ -231,7 +248,8 @@ ONE_PROBLEM = {
     ),
     "evictor by number": (
         layers("0: {slots: 64, evictor: {5: {}}}"),
-        "p.yaml:3:27: layers.0.evictor: unknown evictor '5' (known: h2o, knorm, sliding, snapkv, streaming, tova)",
+        "p.yaml:3:27: layers.0.evictor: unknown evictor '5' "
+        "(known: corm, h2o, knorm, sliding, snapkv, streaming, tova)",
     ),
     "overlap": (
         layers("0-3: {slots: full}", "2-5: {slots: 64}"),

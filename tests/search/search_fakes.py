@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -56,12 +56,22 @@ class FakeScore:
 
     Args:
         fail_at: The call, counted from 1, at which to raise `KeyboardInterrupt`.
+        fail_at_prepare: The same for the calls of `prepare`.
         nan_at: Calls that score nan.
     """
 
-    def __init__(self, fail_at: int | None = None, nan_at: Sequence[int] = ()) -> None:
+    def __init__(
+        self, fail_at: int | None = None, nan_at: Sequence[int] = (), fail_at_prepare: int | None = None
+    ) -> None:
         self.calls: list[tuple[Policy, list[int]]] = []
-        self.fail_at, self.nan_at = fail_at, nan_at
+        self.prepared: list[list[int]] = []
+        self.fail_at, self.nan_at, self.fail_at_prepare = fail_at, nan_at, fail_at_prepare
+
+    def prepare(self, prompts: Sequence[int], progress: Callable[[int, int], None]) -> None:
+        self.prepared.append(list(prompts))
+        if len(self.prepared) == self.fail_at_prepare:
+            raise KeyboardInterrupt
+        progress(len(prompts), len(prompts))
 
     def __call__(self, policy: Policy, prompts: Sequence[int]) -> PromptScores:
         self.calls.append((policy, list(prompts)))

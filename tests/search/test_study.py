@@ -60,6 +60,31 @@ def test_trials_and_confirmation_use_their_own_prompts(plain: tuple[SearchResult
     assert 2 <= len(result.finalists) <= 7
 
 
+def test_prompts_are_prepared_before_they_are_scored_and_finalists_are_counted(tmp_path: Path) -> None:
+    score, journal = FakeScore(), tmp_path / "study.journal"
+    prepared: list[tuple[list[int], int]] = []
+    steps: list[tuple[int, int]] = []
+
+    def again(trials: int) -> SearchResult:
+        prepared.clear(), steps.clear(), score.calls.clear()
+        return run(
+            score,
+            trials,
+            storage=journal if trials else None,
+            prepare=lambda prompts: prepared.append((list(prompts), len(score.calls))),
+            on_confirm=lambda done, total: steps.append((done, total)),
+        )
+
+    found = again(4)
+    count = len(found.finalists)
+    assert prepared == [(SEARCH, 0), (CONFIRM, len(score.calls) - count)]
+    assert steps == [(n, count) for n in range(count + 1)]
+    again(4)  # every trial is in the journal
+    assert prepared == [(CONFIRM, 0)]
+    again(0)
+    assert prepared == [(CONFIRM, 0)] and steps == [(0, 1), (1, 1)]
+
+
 def test_no_policy_is_scored_twice(plain: tuple[SearchResult, FakeScore]) -> None:
     searched = [policy.layers for policy, asked in plain[1].calls if asked == SEARCH]
     assert len(set(searched)) == len(searched)

@@ -1,6 +1,9 @@
 """Evictors. A new one is a file here and an import line below."""
 
-from kvplan.methods.evictors import h2o, key_norm, sliding, snapkv, streaming, tova
-from kvplan.methods.evictors.base import Evictor, PromptView, Signal, evictors
+from kvplan.methods.evictors import corm, h2o, key_norm, sliding, snapkv, streaming, tova
+from kvplan.methods.evictors.base import Evictor, PromptView, Signal, Step, evictors
 
-__all__ = ["Evictor", "PromptView", "Signal", "evictors", "h2o", "key_norm", "sliding", "snapkv", "streaming", "tova"]
+__all__ = [
+    "Evictor", "PromptView", "Signal", "Step",
+    "corm", "evictors", "h2o", "key_norm", "sliding", "snapkv", "streaming", "tova",
+]  # fmt: skip

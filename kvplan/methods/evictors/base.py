@@ -35,7 +35,9 @@ class PromptView:
         valid: [B, T] bool, False on padding.
         scaling: factor on the query-key products.
         softcap: logit soft cap of the model, or None.
-        sink_logits: [Hq] learned logits that take softmax mass (gpt-oss), or None.
+        sink_logits: [Hq] learned logits that take softmax mass (gpt-oss), or [B, Hq]; or None.
+        positions: [B, H, T] positions where the columns are not in order of time (a chunk beside the slots kept so
+            far), H is Hkv or 1; or None: column order.
     """
 
     keys: Tensor
@@ -46,6 +48,20 @@ class PromptView:
     column_sums: Tensor | None = None
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `observe` may know of a decode step.
+
+    Attributes:
+        now: [b, 1, 1] int64 position of the step's token.
+        held: [b, H or 1, 1] int64 slots that the step's query saw, its own included.
+    """
+
+    now: Tensor
+    held: Tensor
 
 
 class Evictor(ABC):
@@ -75,12 +91,22 @@ class Evictor(ABC):
         Scores at padding are ignored. Protected tokens are the caller's business.
         """
 
-    def observe(self, scores: Tensor, probs: Tensor) -> Tensor:
+    @property
+    def forgets_after(self) -> int | None:
+        """Decode steps after which a token that `observe` no longer lifts is dropped although there is room, or None.
+
+        Such an evictor's scores are positions: a token is dropped once its score is that far behind. The layer's
+        slots are then a cap, and what it holds differs between heads.
+        """
+        return None
+
+    def observe(self, scores: Tensor, probs: Tensor, step: Step) -> Tensor:
         """New slot scores after one decode step; only called when `keeps_scores`.
 
         Args:
             scores: [B, H, S] float32 stored scores (0 for the token just inserted), H = Hkv or 1.
             probs: [B, Hkv, G, S] float32 attention of the step's query over the slots; 0 on empty slots.
+            step: When it was, and how many slots the query saw.
         """
         raise NotImplementedError(f"{type(self).__name__} keeps no scores")
 

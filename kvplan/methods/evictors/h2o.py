@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvplan.methods.evictors.base import Evictor, PromptView, Signal, evictors
+from kvplan.methods.evictors.base import Evictor, PromptView, Signal, Step, evictors
 
 
 @evictors.register("h2o")
@@ -27,5 +27,5 @@ class H2O(Evictor):
         assert view.column_sums is not None
         return view.column_sums
 
-    def observe(self, scores: Tensor, probs: Tensor) -> Tensor:
+    def observe(self, scores: Tensor, probs: Tensor, step: Step) -> Tensor:
         return scores + probs.mean(2)

@@ -21,4 +21,6 @@ class Streaming(Evictor):
     def score(self, view: PromptView) -> Tensor:
         """Return [B, Hkv, T] float32: the position."""
         B, Hkv, T, _ = view.keys.shape
+        if view.positions is not None:
+            return view.positions.float().expand(B, Hkv, T)
         return torch.arange(T, dtype=torch.float32, device=view.keys.device).expand(B, Hkv, T)

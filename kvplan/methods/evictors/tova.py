@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvplan.methods.evictors.base import Evictor, PromptView, Signal, evictors
+from kvplan.methods.evictors.base import Evictor, PromptView, Signal, Step, evictors
 from kvplan.methods.evictors.window import window_attention
 
 
@@ -33,5 +33,5 @@ class TOVA(Evictor):
         probs, _ = window_attention(view, 1)
         return probs.mean((1, 2, 3))[:, None]
 
-    def observe(self, scores: Tensor, probs: Tensor) -> Tensor:
+    def observe(self, scores: Tensor, probs: Tensor, step: Step) -> Tensor:
         return probs.mean((1, 2))[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from kvplan.methods.softmax import capped, masked_softmax
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """What a model asks of its attention: scale, logit soft cap and learned sink logits [Hq] (or None)."""
+    """What a model asks of its attention: scale, logit soft cap and learned sink logits [Hq] or [B, Hq] (or None)."""
 
     scaling: float
     softcap: float | None = None
@@ -22,6 +22,18 @@ class AttentionArgs:
     @property
     def plain(self) -> bool:
         return self.softcap is None and self.sink_logits is None
+
+    def by_head(self, rows: int, kv_heads: int) -> AttentionArgs:
+        """The same for a batch in which every KV head is a row of its own."""
+        if self.sink_logits is None:
+            return self
+        return replace(self, sink_logits=self.sink_logits.view(1, kv_heads, -1).expand(rows, -1, -1).flatten(0, 1))
+
+    def of_rows(self, start: int, stop: int) -> AttentionArgs:
+        """The same for some of the rows."""
+        if self.sink_logits is None or self.sink_logits.ndim == 1:
+            return self
+        return replace(self, sink_logits=self.sink_logits[start:stop])
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, args: AttentionArgs) -> Tensor:

@@ -2,102 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from kvplan.errors import RuntimeLimitError
-from kvplan.methods.evictors import evictors
+from kvplan.methods.evictors import Step, evictors
 from kvplan.model_spec import LayerSpec
+from kvplan.policy.layout import Layout, evicts, layout, side_heads
 from kvplan.policy.memory import allocated_slots
 from kvplan.policy.schema import LayerPolicy
+from kvplan.runtime import chunk
 from kvplan.runtime.extend import RowState, ring_slot, ring_visibility, score_scan
-from kvplan.runtime.kernels.dense import AttentionArgs, attend, attention_probs
-from kvplan.runtime.prompt import capacities, gather_slots, prompt_view, row_lengths, slot_order
-from kvplan.runtime.storage import Pool, Rows
+from kvplan.runtime.kernels.dense import AttentionArgs
+from kvplan.runtime.kernels.stored import Part, Stored, attend_parts
+from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats, Seen, attend_seen, cloned, prefix_mask
+from kvplan.runtime.prompt import choose_slots, prompt_channels, prompt_view, row_lengths
+from kvplan.runtime.storage import SIDE, Pool, Rows
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the queries of one forward may look at: keys, values [b, Hkv, S, D] and mask [b, H, T, S] for some rows.
+class Kept:
+    """What one row keeps of its prompt, in slot order.
 
-    A layer that shares this layer's cache attends over the same.
+    Attributes:
+        keys, values: [Hkv, n, D].
+        side: By column, [H, n].
     """
 
-    start: int
-    stop: int
     keys: Tensor
     values: Tensor
-    mask: Tensor | None
+    side: Mapping[str, Tensor]
 
 
-class BudgetedLayer(CacheLayerMixin):
-    """Slots of one decoder layer.
+class BudgetedLayer(PolicyLayer):
+    """Slots of one decoder layer, all stored alike and each alone.
 
     Order inside a decode step: overwrite the victim's slot (or take a free one), attend, update the scores. A layer of
     `n` slots thus attends over at most `n` tokens, the current one included.
+
+    Args:
+        policy: What the layer keeps, and how.
+        spec: The layer's shape.
+        chunked: The prompt comes in chunks.
     """
 
-    is_sliding = False
-
-    def __init__(self, policy: LayerPolicy, spec: LayerSpec) -> None:
+    def __init__(self, policy: LayerPolicy, spec: LayerSpec, chunked: bool = False) -> None:
         super().__init__()
-        self.policy, self.spec = policy, spec
-        native = spec.window is not None
-        self.evictor = evictors["sliding"]() if native else policy.evictor
-        self.keeps_scores = self.evictor.keeps_scores and not policy.slots.is_full and not native
-        self.sinks = 0 if native else policy.protected_sinks
-        self.pool: Pool | None = None
-        self.prompt_tokens: list[int] = []
-        self.capacities: list[int | None] = []
-        self.appended = 0
-
-    # -- the transformers interface -------------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Storing happens in the attention call that follows; see `runtime.attention`."""
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included (the cache sets it)."""
-        return self.columns
-
-    columns = 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self) -> None:
-        raise RuntimeLimitError(
-            "kvplan's cache cannot be offloaded layer by layer; drop offloading from the cache settings"
-        )
-
-    prefetch = offload
+        self.policy, self.spec, self.chunked = policy, spec, chunked
+        self.evicts = evicts(policy, spec)
+        self.evictor = policy.evictor if spec.window is None else evictors["sliding"]()
+        self.keeps_scores = self.evicts and self.evictor.keeps_scores
+        self.sinks = policy.protected_sinks if spec.window is None else 0
+        self.side_heads = side_heads(policy, spec) if self.evicts else 1
+        self.key_codec, self.value_codec = policy.key_codec.for_keys(), policy.value_codec.for_values()
+        self.merger = policy.merger if self.evicts else None
+        self.capacity_of: Callable[[int, int], int | None] = lambda row, length: policy.capacity(length)
+        self.reset()
 
     def reset(self) -> None:
-        self.pool, self.prompt_tokens, self.capacities, self.appended, self.columns = None, [], [], 0, 0
-
-    def crop(self, max_length: int) -> None:
-        raise RuntimeLimitError(
-            "kvplan's cache cannot give tokens back, so assisted and prompt-lookup decoding do not work with it; "
-            "generate without an assistant"
-        )
+        self.pool: Pool | None = None
+        self._prompt_tokens: list[int] = []
+        self.capacities: list[int | None] = []
+        self._appended, self.columns = 0, 0
 
     # -- state ----------------------------------------------------------------------------------------------------
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._prompt_tokens)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        return self._prompt_tokens
+
+    @property
+    def appended(self) -> int:
+        return self._appended
+
+    @property
+    def storage(self) -> tuple[Pool, ...]:
+        return () if self.pool is None else (self.pool,)
+
     def seen(self, row: int) -> int:
-        return self.prompt_tokens[row] + self.appended
+        return self._prompt_tokens[row] + self._appended
 
     def held(self, row: int) -> int:
         capacity = self.capacities[row]
@@ -107,221 +96,382 @@ class BudgetedLayer(CacheLayerMixin):
         capacity = self.capacities[row]
         overwrites = 0
         if capacity is not None:
-            overwrites = max(0, self.seen(row) - max(capacity, self.prompt_tokens[row]))
+            overwrites = max(0, self.seen(row) - max(capacity, self._prompt_tokens[row]))
         return RowState(self.held(row), capacity, self.sinks, overwrites)
 
+    def _capacities(self, lengths: Sequence[int]) -> list[int | None]:
+        """Slots that each row may ever hold; a native window is its own capacity."""
+        if self.spec.window is not None:
+            return [self.spec.window] * len(lengths)
+        return [self.capacity_of(row, n) for row, n in enumerate(lengths)]
+
     def _sizes(self, appended: int) -> list[int]:
-        return [allocated_slots(self.policy, self.spec, n, appended) for n in self.prompt_tokens]
+        """Slots allocated per row after so many appended tokens."""
+        most = self.capacities
+        sizes = [allocated_slots(self._unbounded, self.spec, n, appended) for n in self._prompt_tokens]
+        return [size if cap is None else min(size, cap) for size, cap in zip(sizes, most, strict=True)]
 
     @property
-    def _side_heads(self) -> int:
-        if not self.keeps_scores:
-            return 0
-        return 1 if self.evictor.one_set_for_all_heads else self.spec.kv_heads
+    def _unbounded(self) -> LayerPolicy:
+        return _FULL
+
+    def _layout(self, like: Tensor) -> Layout:
+        return layout(self.policy, self.spec, like.dtype, self.chunked)
 
     def select_rows(self, indices: Sequence[int]) -> None:
-        """Keep the given rows, in that order (beam search, repeats)."""
         if self.pool is None:
             return
-        held = [self.held(i) for i in indices]
-        self.pool = self.pool.selected(indices, held)
-        self.prompt_tokens = [self.prompt_tokens[i] for i in indices]
+        self.pool = self.pool.selected(indices)
+        self._prompt_tokens = [self._prompt_tokens[i] for i in indices]
         self.capacities = [self.capacities[i] for i in indices]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows([i for i in range(len(self.prompt_tokens)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select_rows(indices.tolist())
 
     # -- the prompt -----------------------------------------------------------------------------------------------
 
-    def store_prompt(self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs) -> None:
-        """Rank the prompt, keep what fits, and forget the rest.
-
-        Args:
-            q: [B, Hq, W, D] the prompt's last queries (all of them where the evictor wants column sums).
-            keys, values: [B, Hkv, T, D] of a left-padded batch; valid: [B, T] bool.
-        """
-        lengths = row_lengths(valid)
+    def observe_prompt(
+        self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs
+    ) -> PromptStats:
         scores = None
-        if not self.policy.slots.is_full and self.spec.window is None:
+        if self.evicts:
             scores = self.evictor.score(prompt_view(self.evictor, q, keys, values, valid, args))
-        self.fill(keys, values, lengths, scores)
+        return PromptStats(scores, prompt_channels(self.policy, q, keys, valid))
 
-    def fill(self, keys: Tensor, values: Tensor, lengths: list[int], scores: Tensor | None) -> None:
-        """Build the pool from a left-padded prompt and its scores [B, H, T] (None: keep the latest by time)."""
+    def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
+        """Build the pool from a left-padded prompt (without scores: keep the latest by time)."""
+        self._prompt_tokens, self._appended = lengths, 0
+        self.capacities = self._capacities(lengths)
+        self.pool = Pool(self._layout(keys).body, self._sizes(0), keys.device)
         T = keys.shape[2]
-        self.prompt_tokens, self.appended = lengths, 0
-        self.capacities = capacities(self.policy, self.spec.window, lengths)
-        pool = Pool(self._sizes(0), keys, values, self._side_heads)
         for b, length in enumerate(lengths):
-            capacity, row, start = self.capacities[b], pool.row(b), T - length
-            if scores is None:
-                kept = length if capacity is None else min(length, capacity)
-                order = torch.arange(length - kept, length, device=keys.device)[None]
-                mine = None
-            else:
-                mine = scores[b, :, start:]
-                order = slot_order(mine, self.policy, capacity)
-            row.keys[0, :, : order.shape[1]] = gather_slots(keys[b, :, start:], order)
-            row.values[0, :, : order.shape[1]] = gather_slots(values[b, :, start:], order)
-            if row.positions is not None and row.scores is not None and mine is not None:
-                row.positions[0, :, : order.shape[1]] = order.int()
-                row.scores[0, :, : order.shape[1]] = mine.gather(-1, order)
-        self.pool = pool
+            start = T - length
+            scores = None if stats.scores is None else stats.scores[b, :, start:]
+            kept = self._keep(keys[b, :, start:], values[b, :, start:], scores, self.capacities[b])
+            self._write(self.pool.row(b), kept)
+
+    def _keep(self, keys: Tensor, values: Tensor, scores: Tensor | None, capacity: int | None) -> Kept:
+        """Choose what one row keeps of its prompt: [Hkv, T, D] keys and values, [H, T] scores."""
+        T = keys.shape[1]
+        side: dict[str, Tensor] = {}
+        if self.merger is not None and self.merger.merges_prompt and capacity is not None and capacity < T:
+            assert scores is not None
+            recent = max(self.policy.recent_tokens, self.policy.stored_whole[1])
+            merged = self.merger.merge_prompt(keys, values, scores, capacity, self.sinks, recent)
+            keys, values, scores = merged.keys, merged.values, merged.scores
+            side = {"positions": merged.positions, "counts": merged.counts}
+        order = choose_slots(scores, self.policy, capacity, keys.shape[1], keys.device)
+        positions = order if "positions" not in side else _at(side["positions"], order)
+        counts = torch.ones_like(order) if "counts" not in side else _at(side["counts"], order)
+        kept = {"positions": positions, "counts": counts}
+        if scores is not None:
+            kept["scores"] = _at(scores, order)
+        return Kept(chunk.pick(keys, order), chunk.pick(values, order), kept)
+
+    def _write(self, row: Rows, kept: Kept, first: int = 0) -> None:
+        """Store what one row keeps, from slot `first` on."""
+        for role, codec, x in (("keys", self.key_codec, kept.keys), ("values", self.value_codec, kept.values)):
+            for name, codes in codec.encode(x).items():
+                units = codes.shape[1]
+                start = first // codec.group_tokens
+                row.columns[f"{role}.{name}"][0, :, start : start + units] = codes
+        for name in SIDE:
+            if name in row.columns:
+                n = kept.side[name].shape[-1]
+                row.columns[name][0, :, first : first + n] = kept.side[name].to(row.columns[name].dtype)
 
     # -- later tokens ---------------------------------------------------------------------------------------------
 
-    def append(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
-        """Take new tokens in and attend.
-
-        Args:
-            q: [B, Hq, T, D]; keys, values: [B, Hkv, T, D].
-
-        Returns:
-            The attention output [B, T, Hq, Dv] and what was visible, for layers that share this cache.
-        """
+    def append(
+        self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, shared: bool = False
+    ) -> tuple[Tensor, list[Seen]]:
         num_new = keys.shape[2]
         if num_new == 1:
-            self._grow(1)
             return self._step(q, keys, values, args)
+        if not self._scans:
+            return self._step_by_step(q, keys, values, args, shared)
         return self._extend(q, keys, values, args)
+
+    @property
+    def _scans(self) -> bool:
+        """Whether several tokens at once can be worked out by masks alone, because no stored value ever changes."""
+        return self.merger is None or not self.merger.merges_steps
+
+    def _step_by_step(
+        self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, shared: bool
+    ) -> tuple[Tensor, list[Seen]]:
+        outputs, all_seen = [], []
+        for t in range(keys.shape[2]):
+            now = slice(t, t + 1)
+            out, seen = self._step(q[:, :, now], keys[:, :, now], values[:, :, now], args)
+            outputs.append(out)
+            if shared:
+                all_seen += [replace(s, first=t, last=t + 1) for s in cloned(seen)]
+        return torch.cat(outputs, 1), all_seen
 
     def _grow(self, num_new: int) -> None:
         assert self.pool is not None
-        sizes = self._sizes(self.appended + num_new)
+        sizes = self._sizes(self._appended + num_new)
         if sizes != self.pool.sizes:
-            self.pool = self.pool.resized(sizes, [self.held(b) for b in range(len(sizes))])
+            self.pool = self.pool.resized(sizes)
 
     def _step(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
+        self._grow(1)
         assert self.pool is not None
         outputs, seen = [], []
+        merges = self.merger is not None and self.merger.merges_steps
+        want = self.keeps_scores or merges
         for rows in self.pool.rows:
             part = slice(rows.start, rows.stop)
-            view = self._insert(rows, keys[part], values[part])
+            states = [self._state(b) for b in range(rows.start, rows.stop)]
+            view = self._insert(rows, states, keys[part], values[part])
             seen.append(view)
+            out, probs = attend_parts(q[part], view.parts, args.of_rows(rows.start, rows.stop), want)
+            outputs.append(out)
             if self.keeps_scores:
-                outputs.append(self._attend_and_observe(rows, view, q[part], args))
-            else:
-                outputs.append(attend(q[part], view.keys, view.values, view.mask, args))
-        self.appended += 1
+                assert probs is not None
+                self._observe(rows, states, probs[..., 0, :])
+            if merges:
+                assert probs is not None
+                self._merge_step(rows, states, probs[..., 0, :])
+        self._appended += 1
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), seen
 
-    def _insert(self, rows: Rows, keys: Tensor, values: Tensor) -> Seen:
-        """Write one token per row into its slot."""
-        states = [self._state(b) for b in range(rows.start, rows.stop)]
-        slots = [ring_slot(state, 0) for state in states]
-        if self.keeps_scores:
-            self._insert_scored(rows, states, keys, values)
-        elif len(set(slots)) == 1:
-            rows.keys[:, :, slots[0]], rows.values[:, :, slots[0]] = keys[:, :, 0], values[:, :, 0]
-        else:
-            at, index = torch.arange(len(slots), device=keys.device), torch.tensor(slots, device=keys.device)
-            rows.keys[at, :, index], rows.values[at, :, index] = keys[:, :, 0], values[:, :, 0]
+    def _insert(self, rows: Rows, states: list[RowState], keys: Tensor, values: Tensor) -> Seen:
+        """Write one token per row into its slot; what the row's query may then look at."""
+        slots = self._victims(rows, states) if self.keeps_scores else self._ring_slots(states)
+        for role, codec, x in (("keys", self.key_codec, keys), ("values", self.value_codec, values)):
+            for name, codes in codec.encode(x).items():
+                put(rows.columns[f"{role}.{name}"], slots, codes)
+        if "positions" in rows.columns:
+            now = self._now(rows)
+            put(rows.positions, slots, now.expand(-1, rows.positions.shape[1], -1).int())
+        if "scores" in rows.columns:
+            put(rows.scores, slots, torch.zeros_like(rows.scores[..., :1]))
+        if "counts" in rows.columns:
+            put(rows.columns["counts"], slots, torch.ones_like(rows.columns["counts"][..., :1]))
         counts = [min(s.held + 1, s.capacity) if s.capacity is not None else s.held + 1 for s in states]
         longest = max(counts)
-        mask = None
-        if min(counts) != longest:
-            limit = torch.tensor(counts, device=keys.device)[:, None, None, None]
-            mask = torch.arange(longest, device=keys.device) < limit
-        return Seen(rows.start, rows.stop, rows.keys[:, :, :longest], rows.values[:, :, :longest], mask)
+        mask = prefix_mask(counts, longest, keys.device)
+        return Seen(rows.start, rows.stop, 0, 1, (self._part(rows, longest, mask),))
 
-    def _insert_scored(self, rows: Rows, states: list[RowState], keys: Tensor, values: Tensor) -> None:
-        """A full row overwrites its lowest-scored unprotected slot, per head; another row takes its next free one."""
-        assert rows.positions is not None and rows.scores is not None
-        device = keys.device
-        now = torch.tensor([self.seen(b) for b in range(rows.start, rows.stop)], device=device)[:, None, None]
-        held = torch.tensor([state.held for state in states], device=device)[:, None, None]
-        full = torch.tensor([s.capacity is not None and s.held >= s.capacity for s in states], device=device)
+    def _ring_slots(self, states: list[RowState]) -> int | Tensor:
+        """One slot for all rows, or [b]."""
+        ring = [ring_slot(state, 0) for state in states]
+        return ring[0] if len(set(ring)) == 1 else torch.tensor(ring, device=self._device)
+
+    def _now(self, rows: Rows) -> Tensor:
+        """[b, 1, 1] int64 position of the token that comes now."""
+        return torch.tensor([self.seen(b) for b in range(rows.start, rows.stop)], device=self._device)[:, None, None]
+
+    @property
+    def _device(self) -> torch.device:
+        assert self.pool is not None
+        return self.pool.device
+
+    def _part(self, rows: Rows, slots: int, mask: Tensor | None) -> Part:
+        bias = None
+        if "counts" in rows.columns:
+            bias = rows.columns["counts"][..., :slots].clamp(min=1).float().log()
+        return Part(
+            Stored(self.key_codec, rows.codes("keys", slots, self.key_codec.group_tokens), self._key_dim),
+            Stored(self.value_codec, rows.codes("values", slots, self.value_codec.group_tokens), self.spec.value_dim),
+            slots,
+            mask,
+            bias,
+        )
+
+    @property
+    def _key_dim(self) -> int:
+        return self.spec.key_dim
+
+    def _victims(self, rows: Rows, states: list[RowState]) -> Tensor:
+        """[b, H, 1]: the slot of the lowest unprotected score in full rows, per head; the next free one in others."""
+        now = self._now(rows)
+        held = torch.tensor([state.held for state in states], device=now.device)[:, None, None]
+        full = torch.tensor([s.capacity is not None and s.held >= s.capacity for s in states], device=now.device)
         protected = (rows.positions < self.sinks) | (rows.positions > now - self.policy.recent_tokens)
         victim = rows.scores.masked_fill(protected, torch.inf).min(-1, keepdim=True).indices
-        slot = torch.where(full[:, None, None], victim, held)  # [b, H, 1]
-        rows.positions.scatter_(-1, slot, now.expand_as(slot).int())
-        rows.scores.scatter_(-1, slot, 0.0)
-        index = slot.expand(-1, keys.shape[1], -1)[..., None]
-        rows.keys.scatter_(2, index.expand(-1, -1, -1, keys.shape[-1]), keys)
-        rows.values.scatter_(2, index.expand(-1, -1, -1, values.shape[-1]), values)
+        return torch.where(full[:, None, None], victim, held)
 
-    def _attend_and_observe(self, rows: Rows, view: Seen, q: Tensor, args: AttentionArgs) -> Tensor:
-        assert rows.scores is not None
-        probs = attention_probs(q, view.keys, view.mask, args)  # [b, Hkv, G, 1, S]
-        out = probs.to(view.values.dtype).squeeze(3) @ view.values  # [b, Hkv, G, Dv]
-        width = view.keys.shape[2]
-        rows.scores[..., :width] = self.evictor.observe(rows.scores[..., :width], probs[..., 0, :].float())
-        return out.flatten(1, 2)[:, None]
+    def _observe(self, rows: Rows, states: list[RowState], probs: Tensor) -> None:
+        """Update the scores by this step's attention [b, Hkv, G, S]."""
+        held = torch.tensor([min(s.held + 1, s.capacity or s.held + 1) for s in states], device=probs.device)
+        step = Step(self._now(rows), held[:, None, None])
+        scores = rows.scores[..., : probs.shape[-1]]
+        scores.copy_(self.evictor.observe(scores, probs.float(), step))
+
+    def _merge_step(self, rows: Rows, states: list[RowState], probs: Tensor) -> None:
+        """Let the merger save what the next token will overwrite; only in rows that are full."""
+        assert self.merger is not None
+        full = [i for i, s in enumerate(states) if s.capacity is not None and s.held + 1 >= s.capacity]
+        if not full:
+            return
+        for i in full:
+            state = states[i]
+            assert state.capacity is not None
+            ring = state.capacity - state.sinks
+            victim = ring_slot(state, 1)
+            after = [state.sinks + (victim - state.sinks + k) % ring for k in range(1, ring)]
+            values = rows.columns["values.x"][i : i + 1, :, : state.capacity]
+            mean = probs[i : i + 1, ..., : state.capacity].mean(2).float()
+            device = values.device
+            merged = self.merger.merge_step(
+                values, mean, torch.tensor([victim], device=device), torch.tensor([after], device=device)
+            )
+            values.copy_(merged)
 
     def _extend(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
+        """Several tokens at once: exactly what the same tokens one by one would do."""
         assert self.pool is not None
-        B, num_new = len(self.prompt_tokens), keys.shape[2]
+        B, num_new = self.num_rows, keys.shape[2]
         states = [self._state(b) for b in range(B)]
         width = max(state.held for state in states)
-        all_keys, all_values = self._side_by_side(keys, width, "keys"), self._side_by_side(values, width, "values")
+        now = torch.tensor([self.seen(b) for b in range(B)], device=keys.device)[:, None, None]
+        columns = chunk.side_by_side(self.pool, width, self._columns_of(keys, values, now))
+        parts = chunk.decoded_part(columns, self.key_codec, self.value_codec, self._key_dim, self.spec.value_dim, keys)
         if self.keeps_scores:
-            visible = self._scan(states, q, all_keys, all_values, width, args)
+            logit_bias = parts.bias
+            visible, scores, alive = score_scan(
+                self.evictor, states, self.policy.recent_tokens, q, _dense(parts.keys), columns["positions"],
+                columns["scores"], args, logit_bias,
+            )  # fmt: skip
+            columns["scores"] = scores
+            self._appended += num_new
+            self._keep_alive(columns, alive)
         else:
             visible = ring_visibility(states, width, num_new, keys.device)
             self._grow(num_new)
-            for b, state in enumerate(states):
-                # Only the last token written to a slot stays in it.
-                last = {ring_slot(state, step): step for step in range(num_new)}
-                slots, steps = list(last), list(last.values())
-                row = self.pool.row(b)
-                row.keys[0, :, slots], row.values[0, :, slots] = keys[b][:, steps], values[b][:, steps]
-            self.appended += num_new
-        return attend(q, all_keys, all_values, visible, args), [Seen(0, B, all_keys, all_values, visible)]
+            self._write_ring(columns, states, width, num_new)
+            self._appended += num_new
+        seen = Seen(0, B, 0, num_new, (replace(parts, mask=visible),))
+        return attend_seen(q, [seen], args), [seen]
 
-    def _side_by_side(self, new: Tensor, width: int, kind: str) -> Tensor:
-        """Old slots (padded to `width`) and new tokens: [B, H, width + T, D]."""
+    def _columns_of(self, keys: Tensor, values: Tensor, first_position: Tensor) -> dict[str, Tensor]:
+        """The columns [B, H, T, ...] of new tokens; `first_position` is [B, 1, 1]."""
         assert self.pool is not None
-        B, H, T, D = new.shape
-        both = new.new_zeros(B, H, width + T, D)
-        both[:, :, width:] = new
-        for rows in self.pool.rows:
-            old = getattr(rows, kind)[:, :, :width]
-            both[rows.start : rows.stop, :, : old.shape[2]] = old
-        return both
+        made = {f"keys.{name}": codes for name, codes in self.key_codec.encode(keys).items()}
+        made |= {f"values.{name}": codes for name, codes in self.value_codec.encode(values).items()}
+        B, T = keys.shape[0], keys.shape[2]
+        for column in self.pool.columns:
+            if column.name == "positions":
+                positions = first_position + torch.arange(T, device=keys.device)
+                made["positions"] = positions.expand(B, column.heads, T).int()
+            elif column.name == "scores":
+                made["scores"] = keys.new_zeros(B, column.heads, T, dtype=torch.float32)
+            elif column.name == "counts":
+                made["counts"] = keys.new_ones(B, column.heads, T, dtype=torch.int32)
+        return made
 
-    def _scan(
-        self, states: list[RowState], q: Tensor, keys: Tensor, values: Tensor, width: int, args: AttentionArgs
-    ) -> Tensor:
+    def _write_ring(self, columns: Mapping[str, Tensor], states: list[RowState], width: int, num_new: int) -> None:
         assert self.pool is not None
-        B, num_new = len(states), keys.shape[2] - width
-        positions = torch.zeros(B, self._side_heads, width + num_new, dtype=torch.int32, device=keys.device)
-        scores = torch.zeros(positions.shape, dtype=torch.float32, device=keys.device)
-        for rows in self.pool.rows:
-            assert rows.positions is not None and rows.scores is not None
-            size = min(rows.positions.shape[-1], width)
-            positions[rows.start : rows.stop, :, :size] = rows.positions[..., :size]
-            scores[rows.start : rows.stop, :, :size] = rows.scores[..., :size]
-        now = torch.tensor([self.seen(b) for b in range(B)], device=keys.device)[:, None, None]
-        positions[..., width:] = now + torch.arange(num_new, device=keys.device)
-        visible, scores, alive = score_scan(
-            self.evictor, states, self.policy.recent_tokens, q, keys, positions, scores, args
-        )
-        self.appended += num_new
-        pool = Pool(self._sizes(self.appended), keys, values, self._side_heads)
-        for b in range(B):
-            row, held = pool.row(b), self.held(b)
+        for b, state in enumerate(states):
+            # Only the last token written to a slot stays in it.
+            last = {ring_slot(state, step): width + step for step in range(num_new)}
+            slots, sources = list(last), list(last.values())
+            for name, target in self.pool.row(b).columns.items():
+                as_bytes(target)[0, :, slots] = as_bytes(columns[name])[b][:, sources]
+
+    def _keep_alive(self, columns: Mapping[str, Tensor], alive: Tensor) -> None:
+        """A new pool of the slots that are alive [B, H, N]."""
+        assert self.pool is not None
+        pool = Pool(self.pool.columns, self._sizes(self._appended), self.pool.device)
+        for b in range(self.num_rows):
+            held = self.held(b)
             # `nonzero` lists survivors head by head, in order.
-            order = alive[b].nonzero()[:, 1].view(self._side_heads, held)
-            assert row.positions is not None and row.scores is not None
-            row.keys[0, :, :held], row.values[0, :, :held] = (
-                gather_slots(keys[b], order),
-                gather_slots(values[b], order),
-            )
-            row.positions[0, :, :held], row.scores[0, :, :held] = (
-                positions[b].gather(-1, order),
-                scores[b].gather(-1, order),
-            )
+            order = alive[b].nonzero()[:, 1].view(alive.shape[1], held)
+            for name, target in pool.row(b).columns.items():
+                as_bytes(target)[0, :, :held] = chunk.pick(as_bytes(columns[name])[b], order)
         self.pool = pool
-        return visible
+
+    # -- a prompt in chunks ---------------------------------------------------------------------------------------
+
+    def append_chunk(
+        self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs
+    ) -> tuple[Tensor, list[Seen]]:
+        B, num_new = keys.shape[0], keys.shape[2]
+        if self.pool is None:
+            self._prompt_tokens, self.capacities = [0] * B, [0] * B
+            self.pool = Pool(self._layout(keys).body, [0] * B, keys.device)
+        held = [self.held(b) for b in range(B)]
+        width = max(held)
+        first = torch.tensor(self._prompt_tokens, device=keys.device) - (~valid).sum(-1)
+        columns = chunk.side_by_side(self.pool, width, self._columns_of(keys, values, first[:, None, None]))
+        part = chunk.decoded_part(columns, self.key_codec, self.value_codec, self._key_dim, self.spec.value_dim, keys)
+        old = torch.arange(width, device=keys.device) < torch.tensor(held, device=keys.device)[:, None]
+        present = torch.cat([old, valid], 1)
+        positions = columns["positions"].long()
+        mask = chunk.chunk_mask(present, positions, num_new, self.spec.window)
+        seen = Seen(0, B, 0, num_new, (replace(part, mask=mask),))
+        out = attend_seen(q, [seen], args)
+        scores = None
+        if self.evicts:
+            view = prompt_view(self.evictor, q, _dense(part.keys), _dense(part.values), present, args)
+            sums = None if view.column_sums is None else view.column_sums + columns["scores"]
+            scores = self.evictor.score(replace(view, positions=positions, column_sums=sums))
+        lengths = [n + m for n, m in zip(self._prompt_tokens, row_lengths(valid), strict=True)]
+        self._refill(columns, present, positions, scores, lengths)
+        return out, [seen]
+
+    def _refill(
+        self,
+        columns: Mapping[str, Tensor],
+        present: Tensor,
+        positions: Tensor,
+        scores: Tensor | None,
+        lengths: list[int],
+    ) -> None:
+        """A new pool of what is worth keeping among slots and chunk."""
+        assert self.pool is not None
+        self._prompt_tokens, self.capacities = lengths, self._capacities(lengths)
+        pool = Pool(self.pool.columns, self._sizes(0), self.pool.device)
+        for b in range(len(lengths)):
+            there = present[b].nonzero()[:, 0]
+            times = positions[b][:, there].argsort(-1)  # [H, n] in order of time
+            ranked = None if scores is None else scores[b][:, there].gather(-1, times)
+            order = choose_slots(ranked, self.policy, self.capacities[b], len(there), times.device)
+            order = there[times.expand(order.shape[0], -1).gather(-1, order.expand(times.shape[0], -1))]
+            kept = order.shape[-1]
+            for name, target in pool.row(b).columns.items():
+                if name == "scores" and scores is not None:
+                    target[0, :, :kept] = scores[b].gather(-1, order)
+                else:
+                    as_bytes(target)[0, :, :kept] = chunk.pick(as_bytes(columns[name])[b], order)
+        self.pool = pool
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Storage bytes held now."""
-        return {"keys": 0, "values": 0, "positions": 0, "scores": 0} if self.pool is None else self.pool.bytes_by_kind()
+        return dict(NO_BYTES) if self.pool is None else self.pool.bytes_by_kind()
+
+    def row_bytes(self, row: int) -> int:
+        return 0 if self.pool is None else self.pool.row_bytes(row)
+
+
+_FULL = LayerPolicy()
+
+
+def put(column: Tensor, slots: int | Tensor, new: Tensor) -> None:
+    """Write one slot per row: [b, H, 1, ...] into [b, H, C, ...] at one slot for all, [b] slots, or [b, H, 1]."""
+    column, new = as_bytes(column), as_bytes(new)
+    if isinstance(slots, int):
+        column[:, :, slots] = new[:, :, 0]
+    elif slots.ndim == 1:
+        column[torch.arange(len(slots), device=slots.device), :, slots] = new[:, :, 0]
+    else:
+        index = slots.expand(-1, column.shape[1], -1)
+        if column.ndim == 4:
+            index = index[..., None].expand(-1, -1, -1, column.shape[-1])
+        column.scatter_(2, index, new)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """8-bit floats cannot be indexed everywhere; their bytes can."""
+    return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x
+
+
+def _dense(stored: Stored) -> Tensor:
+    assert stored.dense is not None
+    return stored.dense
+
+
+def _at(x: Tensor, order: Tensor) -> Tensor:
+    """[H, T] at [H', n] -> [H', n]."""
+    return x.expand(order.shape[0], -1).gather(-1, order)

@@ -1,0 +1,122 @@
+"""Attention over stored slots, encoded or not, in one or several parts with one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvplan.methods.codecs import Codec, Codes
+from kvplan.methods.softmax import capped, masked_softmax
+from kvplan.runtime.kernels.dense import AttentionArgs, attend
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Vectors [b, H, S, dim] as a codec holds them."""
+
+    codec: Codec
+    codes: Codes
+    dim: int
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The vectors themselves, where they are stored as they are."""
+        return self.codes.get("x")
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        return self.codec.decode(self.codes, self.dim, dtype)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slots that queries may look at.
+
+    Attributes:
+        slots: S, the slots laid out.
+        mask: [b, H or 1, T or 1, S] bool, True is visible; None: all.
+        bias: [b, H, S] added to the logits of every query; None: 0.
+        channels: [b, H, C] int64 channels of the query that the keys hold; None: all.
+    """
+
+    keys: Stored
+    values: Stored
+    slots: int
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    channels: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.keys.dense is not None and self.values.dense is not None and self.bias is None
+
+
+def attend_parts(
+    q: Tensor, parts: Sequence[Part], args: AttentionArgs, want_probs: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of new queries over slots.
+
+    Args:
+        q: [b, Hq, T, D].
+        parts: What is visible; one softmax runs over all of them.
+        want_probs: Whether the probabilities are needed.
+
+    Returns:
+        [b, T, Hq, Dv], and [b, Hkv, G, T, sum of S] probabilities in float32 or float64 (None unless wanted).
+    """
+    if len(parts) == 1 and parts[0].plain and args.plain and not want_probs:
+        part = parts[0]
+        assert part.keys.dense is not None and part.values.dense is not None
+        return attend(q, part.keys.dense, part.values.dense, part.mask, args), None
+    return _attend_any(q, parts, args)
+
+
+def _attend_any(q: Tensor, parts: Sequence[Part], args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    T = q.shape[2]
+    heads = parts[0].keys.codes[next(iter(parts[0].keys.codes))].shape[1]
+    grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, Hkv, G * T, D]
+    logits = torch.cat([_logits(grouped, part, args, T) for part in parts], -1)  # [b, Hkv, G, T, S]
+    probs = masked_softmax(logits, _mask(parts, T), args.sink_logits)
+    weights = probs.to(q.dtype).flatten(2, 3)
+    out, start = None, 0
+    for part in parts:
+        share = (
+            part.values.codec.mix(weights[..., start : start + part.slots], part.values.codes, part.values.dim)
+            if part.values.dense is None
+            else weights[..., start : start + part.slots] @ part.values.dense
+        )
+        out, start = share if out is None else out + share, start + part.slots
+    assert out is not None
+    return out.unflatten(2, (-1, T)).flatten(1, 2).transpose(1, 2), probs
+
+
+def _logits(grouped: Tensor, part: Part, args: AttentionArgs, T: int) -> Tensor:
+    """[b, Hkv, G, T, S], scaled, soft-capped and biased."""
+    if part.channels is not None:
+        index = part.channels[:, :, None].expand(-1, -1, grouped.shape[2], -1)
+        grouped = grouped.gather(-1, index)
+    dense = part.keys.dense
+    products = grouped @ dense.mT if dense is not None else part.keys.codec.dot(grouped, part.keys.codes)
+    products = products if products.dtype == torch.float64 else products.float()
+    logits = capped(products[..., : part.slots] * args.scaling, args.softcap)
+    if part.bias is not None:
+        logits = logits + part.bias[:, :, None]
+    return logits.unflatten(2, (-1, T))
+
+
+def _mask(parts: Sequence[Part], T: int) -> Tensor | None:
+    """[b, H or 1, 1, T or 1, sum of S] bool, or None when all is visible."""
+    if all(part.mask is None for part in parts):
+        return None
+    if len(parts) == 1:
+        assert parts[0].mask is not None
+        return parts[0].mask[:, :, None]
+    given = [part.mask for part in parts if part.mask is not None]
+    shape = [max(mask.shape[axis] for mask in given) for axis in range(3)]
+    masks = []
+    for part in parts:
+        mask = part.mask if part.mask is not None else given[0].new_ones(1, 1, 1, part.slots)
+        masks.append(mask.expand(*shape, part.slots))
+    return torch.cat(masks, -1)[:, :, None]
