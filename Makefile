@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-gpu policies test lint format format-check types imports check wheel clean data
+.PHONY: help install dev demo bench-calibrate bench-gpu policies test test-matrix lint format format-check types imports \
+	check wheel clean data
 
 export KVPLAN_TORCH
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,12 +22,17 @@ INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PIP_INSTALL = $(BIN)/python -m pip install $$($(BIN)/python .ci/torch_index.py) -c constraints.txt
 PYTEST_WORKERS ?= 2
+# `make test-matrix`: which versions.
+MATRIX := .venv-matrix
+TRANSFORMERS ?= 5.17.0
+TORCH ?= 2.13.0
 PYTEST_ARGS ?=
 
 help:
 	@echo 'make demo      the whole story on the bundled model: calibrate, search, run, compare'
 	@echo 'make install   kvplan in .venv'
 	@echo 'make test      the tests'
+	@echo 'make test-matrix TRANSFORMERS=5.17.0 TORCH=2.13.0   the runtime, policy and method tests under other versions'
 	@echo 'make check     every gate: format, lint, types, imports, tests'
 	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
 
@@ -72,6 +78,17 @@ policies: $(INSTALLED)
 test: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
+# The other constraints stay, except what transformers itself pins, so that little else differs.
+test-matrix:
+	$(PYTHON) -m venv --clear $(MATRIX)
+	@grep -vE '^(torch|transformers|tokenizers|huggingface_hub|hf-xet)==' constraints.txt > $(MATRIX)/constraints.txt
+	$(MATRIX)/bin/python -m pip install -q $$($(MATRIX)/bin/python .ci/torch_index.py) -c $(MATRIX)/constraints.txt \
+	  torch==$(TORCH) transformers==$(TRANSFORMERS) -e '.[dev]'
+	@$(MATRIX)/bin/python -c 'import platform, torch, transformers; print("Python", platform.python_version(), \
+	  "torch", torch.__version__, "transformers", transformers.__version__)'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) \
+	  tests/runtime tests/policy tests/methods
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 
@@ -98,5 +115,5 @@ data: $(INSTALLED)
 	$(BIN)/python -m kvplan.demo.make_data calib_data
 
 clean:
-	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(MATRIX) build dist demo-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find kvplan tests -name __pycache__ -type d -prune -exec rm -rf {} +

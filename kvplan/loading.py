@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvplan.errors import ModelError
-from kvplan.model_spec import DTYPE_BYTES, ModelSpec, model_fingerprint
+from kvplan.model_spec import ADVICE, DTYPE_BYTES, ModelSpec, model_fingerprint
+from kvplan.probe import check_runs, refuse_without_interface
 from kvplan.registry import unknown
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parent / "demo" / "model"
-PROBE_TOKENS = 2
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -51,10 +51,10 @@ def load_model(
         tokenizer = _load_tokenizer(source, where)
         fingerprint = _fingerprint_before_rounding(source, config, dtype, where)
         model = _load_weights(source, config, dtype, where)
-    _refuse_unsupported_class(model)
+    _refuse_encoder(model)
     _refuse_broken_weights(model, source)
     spec = ModelSpec.from_config(model.config, _dtype_name(model), fingerprint or model_fingerprint(model))
-    _refuse_other_caches(model, spec, source)
+    check_runs(model, spec)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -189,34 +189,17 @@ def _fingerprint_before_rounding(source: str, config: Any, dtype: str, where: di
 def _refuse_unplannable(config: Any) -> None:
     """What the config alone can tell, before gigabytes are read."""
     ModelSpec.from_config(config, "float32")
-    text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise ModelError(
-            f"{config.model_type} caches a compressed latent (MLA), not keys and values per head; kvplan cannot plan it"
-        )
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         for cls in classes if isinstance(classes, (list, tuple)) else [classes]:
-            _refuse_without_attention_interface(cls, config.model_type)
+            refuse_without_interface(cls, config.model_type)
 
 
-def _refuse_without_attention_interface(cls: Any, model_type: str) -> None:
-    # A class that says so takes its attention function by name; the others (bloom, gptj, falcon) hard-code it.
-    if not cls.is_backend_compatible():
-        raise ModelError(
-            f"{model_type} does not use transformers' attention interface, so its cache cannot be managed; "
-            "kvplan runs models such as llama, qwen, mistral, gemma, phi and gpt-neox"
-        )
-
-
-def _refuse_unsupported_class(model: Any) -> None:
-    _refuse_without_attention_interface(type(model), model.config.model_type)
+def _refuse_encoder(model: Any) -> None:
     if any(getattr(module, "is_causal", True) is False for module in model.modules()):
-        raise ModelError(
-            f"{model.config.model_type} is an encoder (its attention is not causal); kvplan plans decoders"
-        )
+        raise ModelError(f"{model.config.model_type} is an encoder (its attention is not causal); {ADVICE}")
 
 
 def _refuse_broken_weights(model: Any, source: str) -> None:
@@ -226,31 +209,6 @@ def _refuse_broken_weights(model: Any, source: str) -> None:
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             bad = int((~torch.isfinite(weight)).sum())
             raise ModelError(f"{source}: {name} holds {bad} values that are nan or infinite; the checkpoint is broken")
-
-
-def _refuse_other_caches(model: Any, spec: ModelSpec, source: str) -> None:
-    """Run a few tokens and compare what the model caches with what the spec says that it caches."""
-    import torch
-
-    try:
-        with torch.no_grad():
-            cache = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long), use_cache=True).past_key_values
-    except Exception as error:  # the model's own code, run for the first time
-        raise ModelError(f"{source}: fails on its first tokens ({_first_line(error)}); check its config") from error
-    found = [_shape(layer) for layer in getattr(cache, "layers", [])]
-    wanted = [(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in spec.layers]
-    if found != wanted:
-        raise ModelError(
-            f"{spec.model_type} does not cache one key and value per token, layer and KV head, as its config suggests; "
-            "kvplan cannot plan it"
-        )
-
-
-def _shape(layer: Any) -> tuple[int, int, int] | None:
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != PROBE_TOKENS:
-        return None
-    return keys.shape[1], keys.shape[3], values.shape[3]
 
 
 def _dtype_name(model: Any) -> str:

@@ -10,6 +10,11 @@ from typing import Any
 
 from kvplan.errors import ModelError
 
+# What a refusal ends with: what is allowed, and what to do.
+ADVICE = (
+    "kvplan plans decoders that attend through transformers' attention interface, in full or in a sliding window, over "
+    "keys and values of each layer's own; run this model without kvplan, or plan another one"
+)
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -89,39 +94,67 @@ class ModelSpec:
         """Read a transformers config.
 
         Raises:
-            ModelError: an encoder-decoder, or a config without the fields of a decoder.
+            ModelError: a model of a kind that cannot be planned, or a config without the fields of a decoder.
         """
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(f"{config.model_type} is an encoder-decoder; kvplan plans decoder-only models")
         text = config.get_text_config(decoder=True)
+        # Where layers differ, transformers has a config for each of them.
+        differing = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else []
+        if reason := _unplannable(config, text, differing or [text]):
+            raise ModelError(f"{config.model_type}{reason}; {ADVICE}")
         try:
-            num_layers, heads = int(text.num_hidden_layers), int(text.num_attention_heads)
-            kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-            head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+            per_layer = differing or [text] * int(text.num_hidden_layers)
+            types = getattr(text, "layer_types", None) or [_layer_type(one) for one in per_layer]
+            heads = {int(one.num_attention_heads) for one in per_layer}
+            layers = tuple(_layer_spec(one, kind) for one, kind in zip(per_layer, types, strict=True))
         except (AttributeError, TypeError) as error:
             raise ModelError(
-                f"{config.model_type}: the config does not describe a decoder with attention ({error})"
+                f"{config.model_type}: the config does not describe a decoder with attention ({error}); {ADVICE}"
             ) from error
-        types = getattr(text, "layer_types", None)
-        window = getattr(text, "sliding_window", None)
-        if types is None:
-            # Without per-layer types a window (Mistral) applies to every layer.
-            uses_window = window is not None and getattr(text, "use_sliding_window", True)
-            types = ["sliding_attention" if uses_window else "full_attention"] * num_layers
-        unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-        if unknown:
-            raise ModelError(f"{config.model_type}: layers of type {', '.join(unknown)} are not supported")
-        layers = tuple(
-            LayerSpec(kv_heads, head_dim, head_dim, window if t == "sliding_attention" else None) for t in types
-        )
+        if len(heads) > 1:
+            raise ModelError(f"{config.model_type}: layers of {sorted(heads)} query heads are not supported; {ADVICE}")
         return cls(
             layers=layers,
-            query_heads=heads,
+            query_heads=heads.pop(),
             dtype=dtype,
             max_context_tokens=getattr(text, "max_position_embeddings", None),
             model_type=config.model_type,
             fingerprint=fingerprint,
         )
+
+
+def _unplannable(config: Any, text: Any, per_layer: Sequence[Any]) -> str:
+    """What in a config rules a plan out, or an empty string."""
+    if getattr(config, "is_encoder_decoder", False):
+        return " is an encoder-decoder"
+    if rank := next((r for one in per_layer if (r := getattr(one, "kv_lora_rank", None))), None):
+        return f" caches a compressed latent (MLA), not keys and values per head (kv_lora_rank is {rank})"
+    if shared := getattr(text, "num_kv_shared_layers", None):
+        return f" shares keys and values by itself: its last {shared} layers store none (num_kv_shared_layers)"
+    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
+        return " adds position biases to its attention (ALiBi)"
+    # Before transformers 5.23 some hybrids (recurrent_gemma) have the other name.
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention", "attention"}):
+        where = layer_ranges([i for i, kind in enumerate(types) if kind in unknown])
+        return f": layers of type {', '.join(unknown)} are not supported (layers {where})"
+    return ""
+
+
+def _layer_type(config: Any) -> str:
+    """Of a layer whose config states no type: a window (Mistral) applies to every layer."""
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return "sliding_attention" if windowed else "full_attention"
+
+
+def _layer_spec(config: Any, kind: str) -> LayerSpec:
+    heads = int(config.num_attention_heads)
+    key_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return LayerSpec(
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        key_dim=key_dim,
+        value_dim=int(getattr(config, "v_head_dim", None) or key_dim),
+        window=config.sliding_window if kind == "sliding_attention" else None,
+    )
 
 
 def layer_ranges(indices: Sequence[int]) -> str:

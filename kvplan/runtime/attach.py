@@ -15,6 +15,7 @@ from kvplan.errors import RuntimeLimitError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.policy.serialize import check_model, check_policy, load_policy
+from kvplan.probe import check_runs, switched
 from kvplan.runtime.attention import register
 from kvplan.runtime.cache import Attached, PolicyCache
 
@@ -105,7 +106,7 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
 
     Raises:
         PolicyError: the policy does not fit the model.
-        ModelError: the model cannot be planned.
+        ModelError: the model cannot be planned, or does not use its cache and attention as a policy needs.
         RuntimeLimitError: another policy is attached to this model.
     """
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
@@ -114,21 +115,15 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
     check_model(policy, spec)
     if getattr(model, _ATTACHED, False):
         raise RuntimeLimitError("a policy is already attached to this model; leave its `with` block first")
-    before = model.config._attn_implementation
-    model.set_attn_implementation(register())
-    if model.config._attn_implementation == before:
-        raise RuntimeLimitError(
-            f"{spec.model_type} does not use transformers' attention interface; kvplan cannot attach to it"
-        )
-    setattr(model, _ATTACHED, True)
+    check_runs(model, spec)
     attached = Attached()
-    try:
-        with _without_projections(model, policy), _in_chunks(model, policy):
+    with switched(model, register()), _without_projections(model, policy), _in_chunks(model, policy):
+        setattr(model, _ATTACHED, True)
+        try:
             yield Runtime(model, policy, spec, attached)
-    finally:
-        attached.active = False
-        delattr(model, _ATTACHED)
-        model.set_attn_implementation(before)
+        finally:
+            attached.active = False
+            delattr(model, _ATTACHED)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, model, prompts
+from families import CORE, FAMILIES, model, prompts
 
 import kvplan
 from kvplan.methods.evictors import evictors
@@ -30,37 +30,47 @@ def policy_of(made, name: str, slots: Slots, **kwargs) -> Policy:
     return Policy(layers=tuple(layer if s.window is None else native for s in spec.layers))
 
 
+# Eager attention in float64 makes nan of padding where it has a soft cap.
+FLOAT32 = ("gemma2",)
+
+
 @pytest.mark.parametrize("lengths", [(40,), RAGGED], ids=["one", "ragged"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_slots_give_the_models_own_tokens_and_logits(family: str, lengths: tuple[int, ...]) -> None:
-    made, inputs = model(family, torch.float64), prompts(lengths)
-    expected = greedy(made, inputs)
-    for policy in (kvplan.full_policy(made), *(policy_of(made, n, Slots(tokens=64)) for n in ("snapkv", "h2o"))):
+    made = model(family, torch.float32 if family in FLOAT32 else torch.float64)
+    inputs, new_tokens = prompts(lengths), 16 if family in CORE else 8
+    expected = greedy(made, inputs, new_tokens=new_tokens)
+    evicting = ("snapkv", "h2o") if family in CORE else ("h2o",)
+    for policy in (kvplan.full_policy(made), *(policy_of(made, n, Slots(tokens=64)) for n in evicting)):
         with kvplan.attach(made, policy) as runtime:
-            cache = runtime.new_cache()
-            found = greedy(made, inputs, cache)
+            found = greedy(made, inputs, runtime.new_cache(), new_tokens)
         assert torch.equal(found.sequences, expected.sequences)
         for a, b in zip(found.logits, expected.logits, strict=True):
             # transformers returns float32 logits: in float64 nothing but the rounding may be left.
-            torch.testing.assert_close(a, b, rtol=2e-7, atol=0)
+            rtol, atol = (1e-5, 1e-5) if family in FLOAT32 else (2e-7, 0)
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", evictors.names())
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(f, n) for f in CORE for n in evictors.names()] + [(f, "tova") for f in FAMILIES if f not in CORE],
+)
 def test_a_ragged_row_equals_its_own_run_with_eviction(family: str, name: str) -> None:
     made, inputs = model(family, torch.float64), prompts(RAGGED)
-    for slots in (Slots(tokens=14), Slots(share=4000)):
+    new_tokens = 12 if family in CORE else 6
+    for slots in (Slots(tokens=14), Slots(share=4000))[: 2 if family in CORE else 1]:
         with kvplan.attach(made, policy_of(made, name, slots)) as runtime:
-            together = greedy(made, inputs, runtime.new_cache(), 12)
+            together = greedy(made, inputs, runtime.new_cache(), new_tokens)
             for row, n in enumerate(RAGGED):
-                alone = greedy(made, {k: v[row : row + 1, -n:] for k, v in inputs.items()}, runtime.new_cache(), 12)
-                assert torch.equal(together.sequences[row, -12:], alone.sequences[0, -12:])
+                own = {k: v[row : row + 1, -n:] for k, v in inputs.items()}
+                alone = greedy(made, own, runtime.new_cache(), new_tokens)
+                assert torch.equal(together.sequences[row, -new_tokens:], alone.sequences[0, -new_tokens:])
                 for a, b in zip(together.logits, alone.logits, strict=True):
                     torch.testing.assert_close(a[row], b[0], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", evictors.names())
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral", "opt"])
 def test_storage_is_the_plan_at_every_step(family: str, name: str) -> None:
     made, inputs = model(family), prompts(RAGGED)
     policy, spec = policy_of(made, name, Slots(share=5000)), spec_of(made)
