@@ -43,7 +43,8 @@ def _sharing_problem(index: int, source: int, layers: Mapping[int, LayerPolicy])
 
 def _protection_problems(layer: LayerPolicy) -> Iterator[tuple[str, str]]:
     unit, recent = layer.stored_whole
-    behind = max(recent, layer.recent_tokens)
+    # Behind the tokens that are stored as they are, whole units leave.
+    behind = recent + -(-max(0, layer.recent_tokens - recent) // unit) * unit
     # Encoded units that hold a sink are never overwritten; one more is, in turn.
     front = layer.protected_sinks if unit == 1 else (-(-layer.protected_sinks // unit) + 1) * unit
     front = front + 1 if recent and unit == 1 else front

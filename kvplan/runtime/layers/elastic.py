@@ -123,10 +123,14 @@ class ElasticLayer(BudgetedLayer):
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), seen
 
     def _slots(self, positions: Tensor, scores: Tensor, now: Tensor) -> Tensor:
-        """[b, 1, 1]: an empty slot, else the one whose token mattered longest ago."""
+        """[b, 1, 1]: an empty slot, else the one whose token mattered longest ago, of several the oldest.
+
+        Which slot a token lies in depends on when rows were packed; the choice may not.
+        """
         protected = (positions < self.sinks) | (positions > now - self.policy.recent_tokens)
         ranked = scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
-        return ranked.min(-1, keepdim=True).indices
+        tied = ranked == ranked.amin(-1, keepdim=True)
+        return positions.masked_fill(~tied, torch.iinfo(positions.dtype).max).min(-1, keepdim=True).indices
 
     def select_rows(self, indices: Sequence[int]) -> None:
         super().select_rows(indices)

@@ -105,7 +105,9 @@ class PerHeadLayer(PolicyLayer):
         protected = policy.protected_sinks + recent
         own = scores[row * H : (row + 1) * H, 0, scores.shape[-1] - length :]
         own = own[:, policy.protected_sinks : length - recent]
-        split = policy.head_split.split(own, (capacity - protected) * H, 0)
+        # Tokens that leave a recent ring need a slot to go to.
+        least = 1 if policy.stored_whole[1] else 0
+        split = policy.head_split.split(own, (capacity - protected) * H, least)
         return [n + protected for n in split]
 
     def append(

@@ -210,7 +210,9 @@ class StagedLayer(BudgetedLayer):
         if most is None or state.body < most:
             return state.body
         if self.keeps_scores:
-            scores = body.scores[..., :most].masked_fill(body.positions[..., :most] < self.sinks, torch.inf)
+            positions = body.positions[..., :most]
+            recent = positions >= self.seen(row) - self.policy.recent_tokens
+            scores = body.scores[..., :most].masked_fill((positions < self.sinks) | recent, torch.inf)
             return scores.min(-1, keepdim=True).indices
         first = -(-self.sinks // self.unit)
         units = most // self.unit
