@@ -62,6 +62,7 @@ class Pool:
         }
         self._starts = [0, *accumulate(self.sizes)]
         self._rows = self._view_rows()
+        self._first_slots: dict[int, Tensor] = {}
 
     def span(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`, which must be of one size."""
@@ -89,6 +90,47 @@ class Pool:
     def row(self, index: int) -> Rows:
         return self.span(index, index + 1)
 
+    def put(self, slots: int | Tensor, new: Mapping[str, Tensor]) -> None:
+        """Write one slot per row, in pools whose slots stand alone.
+
+        Args:
+            slots: One for all rows, or [B, H or 1].
+            new: By column, [B, H, 1, ...].
+        """
+        if isinstance(slots, int):
+            for rows in self.rows:
+                for name, x in new.items():
+                    put(rows.columns[name], slots, x[rows.start : rows.stop])
+            return
+        index = {heads: (self._firsts(heads) + slots).flatten() for heads in {c.heads for c in self.columns}}
+        for c in self.columns:
+            as_bytes(self.buffers[c.name]).index_copy_(0, index[c.heads], as_bytes(new[c.name]).reshape(-1, c.width))
+
+    def _firsts(self, heads: int) -> Tensor:
+        """[B, heads] int64: where each row's and head's slots begin in a buffer."""
+        if heads not in self._first_slots:
+            starts = torch.tensor(self._starts[:-1])[:, None] * heads
+            firsts = starts + torch.tensor(self.sizes)[:, None] * torch.arange(heads)
+            self._first_slots[heads] = firsts.to(self.device)
+        return self._first_slots[heads]
+
+    def wide(self, name: str, fill: int = 0) -> Tensor:
+        """A side array of all rows, [B, H, slots of the largest]: a view where rows are of one size, else a copy."""
+        if len(self.rows) == 1:
+            return self.rows[0].columns[name]
+        first = self.rows[0].columns[name]
+        wide = first.new_full((len(self.sizes), first.shape[1], max(self.sizes)), fill)
+        for rows in self.rows:
+            column = rows.columns[name]
+            wide[rows.start : rows.stop, :, : column.shape[-1]] = column
+        return wide
+
+    def put_wide(self, name: str, new: Tensor) -> None:
+        """Store the first slots of a side array of all rows, [B, H, S]."""
+        for rows in self.rows:
+            column = rows.columns[name][..., : new.shape[-1]]
+            column.copy_(new[rows.start : rows.stop, :, : column.shape[-1]])
+
     def resized(self, sizes: Sequence[int]) -> Pool:
         """A new pool with as many slots of each row copied as fit."""
         return self.selected(range(len(self.sizes)), sizes)
@@ -113,3 +155,22 @@ class Pool:
     def row_bytes(self, index: int) -> int:
         """Bytes of one row's part of the buffers."""
         return sum(t.numel() * t.element_size() for t in self.row(index).columns.values())
+
+
+def put(column: Tensor, slots: int | Tensor, new: Tensor) -> None:
+    """Write one slot per row: [b, H, 1, ...] into [b, H, C, ...] at one slot for all, [b] slots, or [b, H, 1]."""
+    column, new = as_bytes(column), as_bytes(new)
+    if isinstance(slots, int):
+        column[:, :, slots] = new[:, :, 0]
+    elif slots.ndim == 1:
+        column[torch.arange(len(slots), device=slots.device), :, slots] = new[:, :, 0]
+    else:
+        index = slots.expand(-1, column.shape[1], -1)
+        if column.ndim == 4:
+            index = index[..., None].expand(-1, -1, -1, column.shape[-1])
+        column.scatter_(2, index, new)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """8-bit floats cannot be indexed everywhere; their bytes can."""
+    return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x

@@ -40,7 +40,8 @@ def _attend_any(q: Tensor, parts: Sequence[Part], args: AttentionArgs) -> tuple[
     T = q.shape[2]
     heads = parts[0].keys.codes[next(iter(parts[0].keys.codes))].shape[1]
     grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, Hkv, G * T, D]
-    logits = torch.cat([_logits(grouped, part, args, T) for part in parts], -1)  # [b, Hkv, G, T, S]
+    found = [_logits(grouped, part, args, T) for part in parts]
+    logits = found[0] if len(found) == 1 else torch.cat(found, -1)  # [b, Hkv, G, T, S]
     probs = masked_softmax(logits, _mask(parts, T), args.sink_logits)
     weights = probs.to(q.dtype).flatten(2, 3)
     out, start = None, 0
@@ -63,7 +64,7 @@ def _logits(grouped: Tensor, part: Part, args: AttentionArgs, T: int) -> Tensor:
     dense = part.keys.dense
     products = grouped @ dense.mT if dense is not None else part.keys.codec.dot(grouped, part.keys.codes)
     products = products if products.dtype == torch.float64 else products.float()
-    logits = capped(products[..., : part.slots] * args.scaling, args.softcap)
+    logits = capped(products[..., : part.slots].mul_(args.scaling), args.softcap)  # the products are ours alone
     if part.bias is not None:
         logits = logits + part.bias[:, :, None]
     return logits.unflatten(2, (-1, T))

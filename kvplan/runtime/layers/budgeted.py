@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvplan.methods.evictors import Step, evictors
@@ -14,13 +15,13 @@ from kvplan.policy.layout import Layout, evicts, layout, side_heads
 from kvplan.policy.memory import allocated_slots
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime import chunk
-from kvplan.runtime.extend import RowState, ring_slot, ring_visibility, score_scan
+from kvplan.runtime.extend import FOREVER, RowState, ring_slot, ring_visibility, score_scan
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.parts import Part, Stored
 from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats, Seen, attend_seen, cloned, prefix_mask
 from kvplan.runtime.prompt import choose_slots, prompt_channels, prompt_view, row_lengths
-from kvplan.runtime.storage import SIDE, Pool, Rows
+from kvplan.runtime.storage import SIDE, Pool, Rows, as_bytes
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,23 @@ class BudgetedLayer(PolicyLayer):
         self.reset()
 
     def reset(self) -> None:
-        self.pool: Pool | None = None
+        self.pool = None
         self._prompt_tokens: list[int] = []
         self.capacities: list[int | None] = []
         self._appended, self.columns = 0, 0
 
     # -- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool | None:
+        return self._pool
+
+    @pool.setter
+    def pool(self, pool: Pool | None) -> None:
+        self._pool = pool
+        # What is known about the old one goes with it.
+        self._room = 0  # appended tokens that the pool has room for
+        self._known_parts: dict[int, tuple[Rows, Part]] = {}  # by first row
 
     @property
     def num_rows(self) -> int:
@@ -93,12 +105,18 @@ class BudgetedLayer(PolicyLayer):
         capacity = self.capacities[row]
         return self.seen(row) if capacity is None else min(self.seen(row), capacity)
 
-    def _state(self, row: int) -> RowState:
-        capacity = self.capacities[row]
-        overwrites = 0
-        if capacity is not None:
-            overwrites = max(0, self.seen(row) - max(capacity, self._prompt_tokens[row]))
-        return RowState(self.held(row), capacity, self.sinks, overwrites)
+    def _states(self) -> list[RowState]:
+        """Where each row stands; rows with equal prompts stand alike."""
+        known: dict[tuple[int, int | None], RowState] = {}
+        rows = list(zip(self._prompt_tokens, self.capacities, strict=True))
+        for prompt, capacity in rows:
+            if (prompt, capacity) not in known:
+                seen = prompt + self._appended
+                held, overwrites = seen, 0
+                if capacity is not None:
+                    held, overwrites = min(seen, capacity), max(0, seen - max(capacity, prompt))
+                known[prompt, capacity] = RowState(held, capacity, self.sinks, overwrites)
+        return [known[row] for row in rows]
 
     def _capacities(self, lengths: Sequence[int]) -> list[int | None]:
         """Slots that each row may ever hold; a native window is its own capacity."""
@@ -208,59 +226,62 @@ class BudgetedLayer(PolicyLayer):
         return torch.cat(outputs, 1), all_seen
 
     def _grow(self, num_new: int) -> None:
+        """Make room; asked at every step, so what needs no room is told at a glance."""
         assert self.pool is not None
-        sizes = self._sizes(self._appended + num_new)
+        appended = self._appended + num_new
+        if appended <= self._room:
+            return
+        sizes = self._sizes(appended)
         if sizes != self.pool.sizes:
             self.pool = self.pool.resized(sizes)
+        limits = zip(sizes, self.capacities, self._prompt_tokens, strict=True)
+        self._room = min((size - prompt for size, most, prompt in limits if size != most), default=FOREVER)
 
     def _step(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
         self._grow(1)
         assert self.pool is not None
-        outputs, seen = [], []
+        states = self._states()
         merges = self.merger is not None and self.merger.merges_steps
-        want = self.keeps_scores or merges
+        self._insert(states, keys, values)
+        outputs, seen, probs = [], [], []
         for rows in self.pool.rows:
-            part = slice(rows.start, rows.stop)
-            states = [self._state(b) for b in range(rows.start, rows.stop)]
-            view = self._insert(rows, states, keys[part], values[part])
-            seen.append(view)
-            out, probs = attend_parts(q[part], view.parts, args.of_rows(rows.start, rows.stop), want)
+            part = self._visible(rows, states[rows.start : rows.stop])
+            seen.append(Seen(rows.start, rows.stop, 0, 1, (part,)))
+            own = args.of_rows(rows.start, rows.stop)
+            out, found = attend_parts(q[rows.start : rows.stop], (part,), own, self.keeps_scores or merges)
             outputs.append(out)
-            if self.keeps_scores:
-                assert probs is not None
-                self._observe(rows, states, probs[..., 0, :])
-            if merges:
-                assert probs is not None
-                self._merge_step(rows, states, probs[..., 0, :])
+            if found is not None:
+                probs.append(found[..., 0, :])
+        if self.keeps_scores:
+            self._observe(states, probs)
+        if merges:
+            for rows, found in zip(self.pool.rows, probs, strict=True):
+                self._merge_step(rows, states[rows.start : rows.stop], found)
         self._appended += 1
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), seen
 
-    def _insert(self, rows: Rows, states: list[RowState], keys: Tensor, values: Tensor) -> Seen:
-        """Write one token per row into its slot; what the row's query may then look at."""
-        slots = self._victims(rows, states) if self.keeps_scores else self._ring_slots(states)
-        for role, codec, x in (("keys", self.key_codec, keys), ("values", self.value_codec, values)):
-            for name, codes in codec.encode(x).items():
-                put(rows.columns[f"{role}.{name}"], slots, codes)
-        if "positions" in rows.columns:
-            now = self._now(rows)
-            put(rows.positions, slots, now.expand(-1, rows.positions.shape[1], -1).int())
-        if "scores" in rows.columns:
-            put(rows.scores, slots, torch.zeros_like(rows.scores[..., :1]))
-        if "counts" in rows.columns:
-            put(rows.columns["counts"], slots, torch.ones_like(rows.columns["counts"][..., :1]))
-        counts = [min(s.held + 1, s.capacity) if s.capacity is not None else s.held + 1 for s in states]
+    def _insert(self, states: list[RowState], keys: Tensor, values: Tensor) -> None:
+        """Write one token per row into its slot."""
+        assert self.pool is not None
+        slots = self._victims(states) if self.keeps_scores else self._ring_slots(states)
+        now = self._now() if "positions" in self.pool.buffers else None
+        self.pool.put(slots, self._columns_of(keys, values, now))
+
+    def _visible(self, rows: Rows, states: list[RowState]) -> Part:
+        """What the queries of these rows may look at after the new token came."""
+        counts = [_held_after(state) for state in states]
         longest = max(counts)
-        mask = prefix_mask(counts, longest, keys.device)
-        return Seen(rows.start, rows.stop, 0, 1, (self._part(rows, longest, mask),))
+        return self._part(rows, longest, prefix_mask(counts, longest, self._device))
 
     def _ring_slots(self, states: list[RowState]) -> int | Tensor:
-        """One slot for all rows, or [b]."""
+        """One slot for all rows, or [B, 1]."""
         ring = [ring_slot(state, 0) for state in states]
-        return ring[0] if len(set(ring)) == 1 else torch.tensor(ring, device=self._device)
+        return ring[0] if min(ring) == max(ring) else torch.tensor(ring, device=self._device)[:, None]
 
-    def _now(self, rows: Rows) -> Tensor:
-        """[b, 1, 1] int64 position of the token that comes now."""
-        return torch.tensor([self.seen(b) for b in range(rows.start, rows.stop)], device=self._device)[:, None, None]
+    def _now(self) -> Tensor:
+        """[B, 1, 1] int64 position of the token that comes now."""
+        now = [prompt + self._appended for prompt in self._prompt_tokens]
+        return torch.tensor(now, device=self._device)[:, None, None]
 
     @property
     def _device(self) -> torch.device:
@@ -268,36 +289,49 @@ class BudgetedLayer(PolicyLayer):
         return self.pool.device
 
     def _part(self, rows: Rows, slots: int, mask: Tensor | None) -> Part:
-        bias = None
-        if "counts" in rows.columns:
-            bias = rows.columns["counts"][..., :slots].clamp(min=1).float().log()
-        return Part(
+        counted = "counts" in rows.columns
+        known = self._known_parts.get(rows.start)
+        if known is not None and known[0] is rows and known[1].slots == slots and mask is None and not counted:
+            return known[1]
+        bias = rows.columns["counts"][..., :slots].clamp(min=1).float().log() if counted else None
+        part = Part(
             Stored(self.key_codec, rows.codes("keys", slots, self.key_codec.group_tokens), self._key_dim),
             Stored(self.value_codec, rows.codes("values", slots, self.value_codec.group_tokens), self.spec.value_dim),
             slots,
             mask,
             bias,
         )
+        if mask is None:
+            self._known_parts[rows.start] = rows, part
+        return part
 
     @property
     def _key_dim(self) -> int:
         return self.spec.key_dim
 
-    def _victims(self, rows: Rows, states: list[RowState]) -> Tensor:
-        """[b, H, 1]: the slot of the lowest unprotected score in full rows, per head; the next free one in others."""
-        now = self._now(rows)
-        held = torch.tensor([state.held for state in states], device=now.device)[:, None, None]
-        full = torch.tensor([s.capacity is not None and s.held >= s.capacity for s in states], device=now.device)
-        protected = (rows.positions < self.sinks) | (rows.positions > now - self.policy.recent_tokens)
-        victim = rows.scores.masked_fill(protected, torch.inf).min(-1, keepdim=True).indices
-        return torch.where(full[:, None, None], victim, held)
+    def _victims(self, states: list[RowState]) -> Tensor:
+        """[B, H]: the slot of the lowest unprotected score in full rows, per head; the next free one in others."""
+        assert self.pool is not None
+        scores, now = self.pool.wide("scores"), self._now()
+        positions = self.pool.wide("positions", FOREVER)  # as recent as can be where there is no slot
+        protected = (positions < self.sinks) | (positions > now - self.policy.recent_tokens)
+        victims = scores.masked_fill(protected, torch.inf).min(-1).indices
+        full = [state.held == state.capacity for state in states]
+        if all(full):
+            return victims
+        free = torch.tensor([state.held for state in states], device=now.device)[:, None]
+        return torch.where(torch.tensor(full, device=now.device)[:, None], victims, free)
 
-    def _observe(self, rows: Rows, states: list[RowState], probs: Tensor) -> None:
-        """Update the scores by this step's attention [b, Hkv, G, S]."""
-        held = torch.tensor([min(s.held + 1, s.capacity or s.held + 1) for s in states], device=probs.device)
-        step = Step(self._now(rows), held[:, None, None])
-        scores = rows.scores[..., : probs.shape[-1]]
-        scores.copy_(self.evictor.observe(scores, probs.float(), step))
+    def _observe(self, states: list[RowState], probs: Sequence[Tensor]) -> None:
+        """Update the scores by this step's attention, [b, Hkv, G, S] of each run of rows."""
+        assert self.pool is not None
+        scores = self.pool.wide("scores")
+        width = max(p.shape[-1] for p in probs)
+        padded = [p if p.shape[-1] == width else F.pad(p, (0, width - p.shape[-1])) for p in probs]
+        together = padded[0] if len(padded) == 1 else torch.cat(padded)
+        held = torch.tensor([_held_after(state) for state in states], device=self._device)[:, None, None]
+        new = self.evictor.observe(scores[..., :width], together.float(), Step(self._now(), held))
+        self.pool.put_wide("scores", new)
 
     def _merge_step(self, rows: Rows, states: list[RowState], probs: Tensor) -> None:
         """Let the merger save what the next token will overwrite; only in rows that are full."""
@@ -323,7 +357,7 @@ class BudgetedLayer(PolicyLayer):
         """Several tokens at once: exactly what the same tokens one by one would do."""
         assert self.pool is not None
         B, num_new = self.num_rows, keys.shape[2]
-        states = [self._state(b) for b in range(B)]
+        states = self._states()
         width = max(state.held for state in states)
         now = torch.tensor([self.seen(b) for b in range(B)], device=keys.device)[:, None, None]
         columns = chunk.side_by_side(self.pool, width, self._columns_of(keys, values, now))
@@ -345,14 +379,15 @@ class BudgetedLayer(PolicyLayer):
         seen = Seen(0, B, 0, num_new, (replace(parts, mask=visible),))
         return attend_seen(q, [seen], args), [seen]
 
-    def _columns_of(self, keys: Tensor, values: Tensor, first_position: Tensor) -> dict[str, Tensor]:
-        """The columns [B, H, T, ...] of new tokens; `first_position` is [B, 1, 1]."""
+    def _columns_of(self, keys: Tensor, values: Tensor, first_position: Tensor | None) -> dict[str, Tensor]:
+        """The columns [B, H, T, ...] of new tokens; `first_position` is [B, 1, 1], or None where none is stored."""
         assert self.pool is not None
         made = {f"keys.{name}": codes for name, codes in self.key_codec.encode(keys).items()}
         made |= {f"values.{name}": codes for name, codes in self.value_codec.encode(values).items()}
         B, T = keys.shape[0], keys.shape[2]
         for column in self.pool.columns:
             if column.name == "positions":
+                assert first_position is not None
                 positions = first_position + torch.arange(T, device=keys.device)
                 made["positions"] = positions.expand(B, column.heads, T).int()
             elif column.name == "scores":
@@ -449,23 +484,9 @@ class BudgetedLayer(PolicyLayer):
 _FULL = LayerPolicy()
 
 
-def put(column: Tensor, slots: int | Tensor, new: Tensor) -> None:
-    """Write one slot per row: [b, H, 1, ...] into [b, H, C, ...] at one slot for all, [b] slots, or [b, H, 1]."""
-    column, new = as_bytes(column), as_bytes(new)
-    if isinstance(slots, int):
-        column[:, :, slots] = new[:, :, 0]
-    elif slots.ndim == 1:
-        column[torch.arange(len(slots), device=slots.device), :, slots] = new[:, :, 0]
-    else:
-        index = slots.expand(-1, column.shape[1], -1)
-        if column.ndim == 4:
-            index = index[..., None].expand(-1, -1, -1, column.shape[-1])
-        column.scatter_(2, index, new)
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """8-bit floats cannot be indexed everywhere; their bytes can."""
-    return x.view(torch.uint8) if x.dtype.is_floating_point and x.dtype.itemsize == 1 else x
+def _held_after(state: RowState) -> int:
+    """Slots that the row holds once the new token has come."""
+    return state.held if state.held == state.capacity else state.held + 1
 
 
 def _dense(stored: Stored) -> Tensor:

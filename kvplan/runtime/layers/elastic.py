@@ -13,9 +13,9 @@ from kvplan.runtime.chunk import pick
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.layers.base import PromptStats, Seen
-from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept, put
+from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept
 from kvplan.runtime.prompt import choose_slots
-from kvplan.runtime.storage import Pool
+from kvplan.runtime.storage import Pool, put
 
 HOLE = -1
 
@@ -101,7 +101,7 @@ class ElasticLayer(BudgetedLayer):
         outputs, seen = [], []
         for rows in self.pool.rows:
             part = slice(rows.start, rows.stop)
-            now = self._now(rows)
+            now = self._now()[part]
             slots = self._slots(rows.positions, rows.scores, now)
             for role, codec, x in (("keys", self.key_codec, keys), ("values", self.value_codec, values)):
                 for name, codes in codec.encode(x[part]).items():

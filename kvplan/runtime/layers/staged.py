@@ -19,8 +19,8 @@ from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.parts import Part, Stored
 from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.layers.base import PromptStats, Seen, prefix_mask
-from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept, put
-from kvplan.runtime.storage import SIDE, Pool, Rows
+from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept
+from kvplan.runtime.storage import SIDE, Pool, Rows, put
 
 _DENSE = Dense()
 
