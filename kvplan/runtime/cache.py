@@ -158,6 +158,10 @@ class PolicyCache(Cache):
         columns = self.get_seq_length() if columns is None else columns
         return self.policy.chunked and self._prompt_open and (num_new > 1 or columns == 0)
 
+    def close_prompt(self) -> None:
+        """The prompt is complete: whatever comes now is appended to it, also where its last piece was a whole chunk."""
+        self._prompt_open = False
+
     def _run_prompt(
         self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any
     ) -> Tensor:
@@ -212,14 +216,15 @@ class PolicyCache(Cache):
         B, _, T, _ = keys.shape
         if self.padding is None:
             return torch.ones(B, T, dtype=torch.bool, device=keys.device)
-        mask = self.padding if first else self.padding[:, -T:]
-        valid = mask[:, :T].to(keys.device, torch.bool)
-        if bool((valid[:, 1:] < valid[:, :-1]).any()):
+        mask = (self.padding[:, :T] if first else self.padding).to(keys.device, torch.bool)
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise RuntimeLimitError(
                 "the attention mask has padding after text; kvplan's cache needs left padding "
                 "(tokenizer.padding_side = 'left')"
             )
-        if not self.policy.chunked and not bool(valid[:, -1].all()):
+        valid = mask[:, -T:]
+        # More of a prompt may come while its pieces are as long as a chunk.
+        if self.policy.prefill_chunk_tokens != T and not bool(valid[:, -1].all()):
             raise RuntimeLimitError("a row of the batch has no token at all; drop it")
         return valid
 
@@ -269,6 +274,11 @@ class PolicyCache(Cache):
         return self._owner.prompt_lengths
 
     @property
+    def appended(self) -> int:
+        """Tokens after the prompt, the same in every row."""
+        return self._owner.appended
+
+    @property
     def kv_bytes(self) -> int:
         """Storage bytes held now, side arrays included."""
         return sum(sum(layer.bytes_by_kind().values()) for layer in self.layers)
@@ -286,8 +296,7 @@ class PolicyCache(Cache):
     @property
     def plan(self) -> BytesPlan:
         """What the policy promises for the tokens seen so far."""
-        owner = self._owner
-        return plan(self.policy, self.spec, owner.prompt_lengths, owner.appended)
+        return plan(self.policy, self.spec, self.prompt_lengths, self.appended)
 
     def report(self) -> dict[str, Any]:
         """Bytes by layer and kind, planned, held and peak; tokens seen and held per row.

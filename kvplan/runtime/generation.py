@@ -141,7 +141,8 @@ def generate(
     rows = []
     for row, prompt in enumerate(prompts):
         tokens = _until_end(output[row, ids.shape[1] :].tolist(), ends)
-        planned = plan(runtime.policy, runtime.spec, [len(prompt)], len(clock.times) - 1)
+        # Of a prompt in chunks, a last piece of one token counts as appended: the cache knows.
+        planned = plan(runtime.policy, runtime.spec, [cache.prompt_lengths[row]], cache.appended)
         rows.append(
             Generated(
                 text=tokenizer.decode(tokens, skip_special_tokens=True),

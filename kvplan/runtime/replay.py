@@ -113,6 +113,7 @@ def prefill(runtime: Runtime, cache: PolicyCache, ids: Tensor, valid: Tensor) ->
         now = slice(start, start + chunk)
         # The mask covers all columns so far.
         logits = forward(runtime, cache, ids[:, now], positions[:, now], valid[:, : start + chunk], last_only=True)
+    cache.close_prompt()
     return logits[:, -1]
 
 

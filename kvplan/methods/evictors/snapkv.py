@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,8 +56,16 @@ class SnapKV(Evictor):
         W = probs.shape[3]
         votes = probs.mean((2, 3))  # [B, Hkv, T]
         votes[..., -W:] = 0  # the window's columns are kept anyway; their mass must not leak into its neighbours
-        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        pooled = (
-            pool(votes[..., :-W], self.pool_width, 1, self.pool_width // 2) if votes.shape[-1] > W else votes[..., :0]
-        )
+        earlier = votes[..., :-W]
+        if view.positions is not None:
+            # Neighbours are neighbours in time.
+            times = view.positions.masked_fill(~view.valid[:, None], -1)[..., :-W]
+            order = times.expand_as(earlier).argsort(dim=-1, stable=True)
+            pooled = torch.empty_like(earlier).scatter(-1, order, self._pooled(earlier.gather(-1, order)))
+        else:
+            pooled = self._pooled(earlier)
         return F.pad(pooled, (0, W), value=2.0)  # a mean of probabilities is at most 1
+
+    def _pooled(self, votes: Tensor) -> Tensor:
+        pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
+        return pool(votes, self.pool_width, 1, self.pool_width // 2) if votes.shape[-1] else votes

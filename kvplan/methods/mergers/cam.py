@@ -51,8 +51,9 @@ class CaM(Merger):
         mean = probs.gather(2, followers[:, None].expand(b, Hkv, F)).mean(2, keepdim=True)
         # At least the mean is certain, and nothing among nothing (0 / 0) is worth nothing.
         chance = torch.where((own >= mean) & (own > 0), 1.0, own / mean.clamp(min=torch.finfo(mean.dtype).tiny))
-        value = values.gather(2, leaving[..., None].expand(b, Hkv, 1, D)).float()
+        work = torch.promote_types(values.dtype, torch.float32)
+        value = values.gather(2, leaving[..., None].expand(b, Hkv, 1, D)).to(work)
         receivers = followers[:, : self.span]
         index = receivers[:, None, :, None].expand(b, Hkv, -1, D)
-        received = values.gather(2, index).float() + chance[..., None] * value / receivers.shape[1]
+        received = values.gather(2, index).to(work) + chance[..., None] * value / receivers.shape[1]
         return values.scatter(2, index, received.to(values.dtype))

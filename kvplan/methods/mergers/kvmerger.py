@@ -82,7 +82,8 @@ class KVMerger(Merger):
 
         def merged(x: Tensor) -> Tensor:
             index = run[..., None].expand(x.shape)
-            sums = torch.zeros_like(x, dtype=torch.float32).scatter_add(1, index, weights * x.float())
+            work = torch.promote_types(x.dtype, torch.float32)
+            sums = torch.zeros_like(x, dtype=work).scatter_add(1, index, weights * x.to(work))
             return sums.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])).to(x.dtype)
 
         return Merged(

@@ -68,6 +68,7 @@ class BudgetedLayer(PolicyLayer):
         self._prompt_tokens: list[int] = []
         self.capacities: list[int | None] = []
         self._appended, self.columns = 0, 0
+        self._lends = False
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class BudgetedLayer(PolicyLayer):
     def append(
         self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, shared: bool = False
     ) -> tuple[Tensor, list[Seen]]:
-        num_new = keys.shape[2]
+        num_new, self._lends = keys.shape[2], shared
         if num_new == 1:
             return self._step(q, keys, values, args)
         if not self._scans:
@@ -255,6 +256,8 @@ class BudgetedLayer(PolicyLayer):
         if self.keeps_scores:
             self._observe(states, probs)
         if merges:
+            # Who shares this cache looks at what was there, not at what is merged for the next step.
+            seen = cloned(seen) if self._lends else seen
             for rows, found in zip(self.pool.rows, probs, strict=True):
                 self._merge_step(rows, states[rows.start : rows.stop], found)
         self._appended += 1

@@ -170,7 +170,7 @@ class StagedLayer(BudgetedLayer):
         self._push(before, keys, values)
         outputs, seen = [], []
         for start, stop in self._runs():
-            view = Seen(start, stop, 0, 1, self._visible(start, stop, after[start:stop]))
+            view = Seen(start, stop, 0, 1, self._seen_parts(start, stop, after[start:stop]))
             seen.append(view)
             out, probs = attend_parts(q[start:stop], view.parts, args.of_rows(start, stop), self.keeps_scores)
             outputs.append(out)
@@ -236,7 +236,7 @@ class StagedLayer(BudgetedLayer):
             if "counts" in rows.columns:
                 put(rows.columns["counts"], slots, torch.ones_like(rows.columns["counts"][..., :1]))
 
-    def _visible(self, start: int, stop: int, states: list[_Row]) -> tuple[Part, ...]:
+    def _seen_parts(self, start: int, stop: int, states: list[_Row]) -> tuple[Part, ...]:
         assert self.pool is not None and self.recent is not None
         body, recent = self.pool.span(start, stop), self.recent.span(start, stop)
         parts = []
