@@ -67,10 +67,12 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
         [calib_data_path("heldout")], tokenizer, max_prompts=max_prompts, context_limit=spec.max_context_tokens
     )
     policies = {"full cache": Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers), "kvplan": policy}
+    # An evictor without a fixed budget (corm) holds what it likes: it has no policy of the same bytes.
+    budgeted = [name for name in evictors if evictors[name]().forgets_after is None]
     policies |= {
         f"{label} {name}": recipe(profile, share, allocator, name)
         for allocator, label in LABELS.items()
-        for name in evictors
+        for name in budgeted
     }
     with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))
