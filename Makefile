@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-gpu policies test test-matrix lint format format-check types imports \
+.PHONY: help install dev demo bench-calibrate bench-compiled bench-gpu policies test test-matrix lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -62,6 +62,9 @@ demo: $(INSTALLED)
 
 bench-calibrate: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibrate.py
+
+bench-compiled: $(INSTALLED)
+	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python compiled.py
 
 # On a machine with a GPU: make KVPLAN_TORCH=default install && .venv/bin/pip install -c constraints.txt -e '.[gpu]'
 bench-gpu: $(INSTALLED)
