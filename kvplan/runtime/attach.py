@@ -76,6 +76,8 @@ class Runtime:
 class _NoProjection(nn.Module):
     """Stands in for a key or value projection whose result nobody reads: zeros that take no memory."""
 
+    stands_in = True
+
     def __init__(self, out_features: int) -> None:
         super().__init__()
         self.out_features = out_features

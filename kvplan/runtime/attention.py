@@ -62,6 +62,11 @@ def attention_function(
 
     pending, HANDOFF.pending = HANDOFF.pending, None
     if pending is None:
+        if getattr(getattr(module, "k_proj", None), "stands_in", False):
+            raise RuntimeLimitError(
+                "the attached policy takes the keys of some layers from others, which works only with its own cache; "
+                "pass past_key_values=runtime.new_cache(), or leave the `with` block"
+            )
         return prefill(key, value), None
     keys, cache, index = pending
     if keys is not key:

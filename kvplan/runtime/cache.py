@@ -135,6 +135,16 @@ class PolicyCache(Cache):
                 "pass a 2-D attention_mask (or none)"
             )
         layer: PolicyLayer = self.layers[index]
+        if index == 0 and layer.columns != self.layers[-1].columns:
+            raise RuntimeLimitError(
+                "an earlier forward on this cache broke off: some layers hold its tokens and others do not; "
+                "start again with a new cache"
+            )
+        if index == 0 and layer.columns and q.shape[0] != layer.num_rows:
+            raise RuntimeLimitError(
+                f"the cache holds {layer.num_rows} rows and this forward brings {q.shape[0]}; "
+                "make a new cache for each batch of prompts"
+            )
         source = self.policy.source(index)
         if self.in_prompt_chunks(q.shape[2], layer.columns):
             output = self._run_later(index, source, q, keys, values, args, self._valid(keys, first=layer.columns == 0))
