@@ -97,14 +97,15 @@ class Pool:
             slots: One for all rows, or [B, H or 1].
             new: By column, [B, H, 1, ...].
         """
-        if isinstance(slots, int):
-            for rows in self.rows:
-                for name, x in new.items():
-                    put(rows.columns[name], slots, x[rows.start : rows.stop])
+        if isinstance(slots, int) and len(self.rows) == 1:
+            for name, x in new.items():
+                put(self.rows[0].columns[name], slots, x)
             return
         index = {heads: (self._firsts(heads) + slots).flatten() for heads in {c.heads for c in self.columns}}
         for c in self.columns:
-            as_bytes(self.buffers[c.name]).index_copy_(0, index[c.heads], as_bytes(new[c.name]).reshape(-1, c.width))
+            if c.name in new:
+                fresh = as_bytes(new[c.name]).reshape(-1, c.width)
+                as_bytes(self.buffers[c.name]).index_copy_(0, index[c.heads], fresh)
 
     def _firsts(self, heads: int) -> Tensor:
         """[B, heads] int64: where each row's and head's slots begin in a buffer."""

@@ -28,4 +28,4 @@ class H2O(Evictor):
         return view.column_sums
 
     def observe(self, scores: Tensor, probs: Tensor, step: Step) -> Tensor:
-        return scores + probs.mean(2)
+        return scores.add(probs.sum(2), alpha=1 / probs.shape[2])

@@ -57,6 +57,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, args: A
         if mask is not None and T > 1:
             mask = mask[:, :, None].expand(-1, -1, Hq // Hkv, -1, -1).flatten(2, 3)  # [B, ., G * T, S]
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=args.scaling)
+        if T == 1:
+            return out.reshape(B, 1, Hq, -1)
         out = out.unflatten(2, (Hq // Hkv, T))  # [B, Hkv, G, T, Dv]
     return out.flatten(1, 2).transpose(1, 2)
 

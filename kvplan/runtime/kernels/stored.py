@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvplan.methods.softmax import capped, masked_softmax
+from kvplan.runtime.kernels import choose
 from kvplan.runtime.kernels.dense import AttentionArgs, attend
 from kvplan.runtime.kernels.fused import attend_fused
 from kvplan.runtime.kernels.parts import Part
@@ -36,21 +38,69 @@ def attend_parts(
     return _attend_any(q, parts, args)
 
 
+def attend_runs(
+    q: Tensor, runs: Sequence[tuple[int, int, Part]], args: AttentionArgs, want_probs: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one new token per row, where runs of rows hold different numbers of slots.
+
+    Args:
+        q: [B, Hq, 1, D].
+        runs: First row, last row + 1 and what they see; together the whole batch.
+
+    Returns:
+        [B, 1, Hq, Dv], and [B, Hkv, G, 1, S of the longest] probabilities, 0 where a row has no slot (None unless
+        wanted).
+    """
+    if len(runs) == 1:
+        return attend_parts(q, (runs[0][2],), args, want_probs)
+    if want_probs and not choose.available(q):
+        return _attend_padded(q, runs, args)
+    found = [attend_parts(q[a:b], (part,), args.of_rows(a, b), want_probs) for a, b, part in runs]
+    out = torch.cat([out for out, _ in found])
+    if not want_probs:
+        return out, None
+    longest = max(part.slots for _, _, part in runs)
+    return out, torch.cat([F.pad(p, (0, longest - p.shape[-1])) for _, p in found if p is not None])
+
+
+def _attend_padded(q: Tensor, runs: Sequence[tuple[int, int, Part]], args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """One softmax over all rows, products row by row."""
+    B, Hq = q.shape[:2]
+    heads, longest = _heads(runs[0][2]), max(part.slots for _, _, part in runs)
+    grouped = q.reshape(B, heads, -1, q.shape[-1])  # [B, Hkv, G, D]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (B, heads, Hq // heads, 1, longest)
+    logits = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=q.device)
+    for start, stop, part in runs:
+        own = _logits(grouped[start:stop], part, args, 1)
+        if part.mask is not None:
+            own = own.masked_fill(~part.mask[:, :, None], torch.finfo(dtype).min)
+        logits[start:stop, ..., : part.slots] = own
+    probs = masked_softmax(logits, None, args.sink_logits)
+    weights = probs.to(q.dtype)[:, :, :, 0]
+    out = torch.cat([_mix(weights[start:stop, ..., : part.slots], part) for start, stop, part in runs])
+    return out.view(B, 1, Hq, -1), probs
+
+
+def _heads(part: Part) -> int:
+    return next(iter(part.keys.codes.values())).shape[1]
+
+
+def _mix(weights: Tensor, part: Part) -> Tensor:
+    dense = part.values.dense
+    return part.values.codec.mix(weights, part.values.codes, part.values.dim) if dense is None else weights @ dense
+
+
 def _attend_any(q: Tensor, parts: Sequence[Part], args: AttentionArgs) -> tuple[Tensor, Tensor]:
     T = q.shape[2]
-    heads = parts[0].keys.codes[next(iter(parts[0].keys.codes))].shape[1]
-    grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # [b, Hkv, G * T, D]
+    grouped = q.unflatten(1, (_heads(parts[0]), -1)).flatten(2, 3)  # [b, Hkv, G * T, D]
     found = [_logits(grouped, part, args, T) for part in parts]
     logits = found[0] if len(found) == 1 else torch.cat(found, -1)  # [b, Hkv, G, T, S]
     probs = masked_softmax(logits, _mask(parts, T), args.sink_logits)
     weights = probs.to(q.dtype).flatten(2, 3)
     out, start = None, 0
     for part in parts:
-        share = (
-            part.values.codec.mix(weights[..., start : start + part.slots], part.values.codes, part.values.dim)
-            if part.values.dense is None
-            else weights[..., start : start + part.slots] @ part.values.dense
-        )
+        share = _mix(weights[..., start : start + part.slots], part)
         out, start = share if out is None else out + share, start + part.slots
     assert out is not None
     return out.unflatten(2, (-1, T)).flatten(1, 2).transpose(1, 2), probs

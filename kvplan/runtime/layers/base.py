@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -234,3 +235,10 @@ def prefix_mask(counts: Sequence[int], width: int, device: torch.device) -> Tens
         return None
     limit = torch.tensor(counts, device=device)[:, None, None, None]
     return torch.arange(width, device=device) < limit
+
+
+@lru_cache(maxsize=64)
+def column(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """[B, 1, 1] int64, not to be written to. All layers of a step ask for the same ones."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)[:, None, None]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvplan.methods.evictors import Step, evictors
@@ -18,8 +17,17 @@ from kvplan.runtime import chunk
 from kvplan.runtime.extend import FOREVER, RowState, ring_slot, ring_visibility, score_scan
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.parts import Part, Stored
-from kvplan.runtime.kernels.stored import attend_parts
-from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats, Seen, attend_seen, cloned, prefix_mask
+from kvplan.runtime.kernels.stored import attend_runs
+from kvplan.runtime.layers.base import (
+    NO_BYTES,
+    PolicyLayer,
+    PromptStats,
+    Seen,
+    attend_seen,
+    cloned,
+    column,
+    prefix_mask,
+)
 from kvplan.runtime.prompt import choose_slots, prompt_channels, prompt_view, row_lengths
 from kvplan.runtime.storage import SIDE, Pool, Rows, as_bytes
 
@@ -243,32 +251,35 @@ class BudgetedLayer(PolicyLayer):
         assert self.pool is not None
         states = self._states()
         merges = self.merger is not None and self.merger.merges_steps
-        self._insert(states, keys, values)
-        outputs, seen, probs = [], [], []
-        for rows in self.pool.rows:
-            part = self._visible(rows, states[rows.start : rows.stop])
-            seen.append(Seen(rows.start, rows.stop, 0, 1, (part,)))
-            own = args.of_rows(rows.start, rows.stop)
-            out, found = attend_parts(q[rows.start : rows.stop], (part,), own, self.keeps_scores or merges)
-            outputs.append(out)
-            if found is not None:
-                probs.append(found[..., 0, :])
-        if self.keeps_scores:
-            self._observe(states, probs)
+        scores = self.pool.wide("scores") if self.keeps_scores else None
+        self._insert(states, keys, values, scores)
+        runs = [(rows.start, rows.stop, self._visible(rows, states[rows.start : rows.stop])) for rows in self.pool.rows]
+        seen = [Seen(start, stop, 0, 1, (part,)) for start, stop, part in runs]
+        out, probs = attend_runs(q, runs, args, self.keeps_scores or merges)
+        if scores is not None:
+            assert probs is not None
+            self._observe(states, scores, probs[..., 0, :])
         if merges:
+            assert probs is not None
             # Who shares this cache looks at what was there, not at what is merged for the next step.
             seen = cloned(seen) if self._lends else seen
-            for rows, found in zip(self.pool.rows, probs, strict=True):
-                self._merge_step(rows, states[rows.start : rows.stop], found)
+            for rows in self.pool.rows:
+                part = slice(rows.start, rows.stop)
+                self._merge_step(rows, states[part], probs[part, ..., 0, :])
         self._appended += 1
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), seen
+        return out, seen
 
-    def _insert(self, states: list[RowState], keys: Tensor, values: Tensor) -> None:
-        """Write one token per row into its slot."""
+    def _insert(self, states: list[RowState], keys: Tensor, values: Tensor, scores: Tensor | None) -> None:
+        """Write one token per row into its slot; `scores` [B, H, slots] are those of all rows."""
         assert self.pool is not None
-        slots = self._victims(states) if self.keeps_scores else self._ring_slots(states)
         now = self._now() if "positions" in self.pool.buffers else None
-        self.pool.put(slots, self._columns_of(keys, values, now))
+        new = self._columns_of(keys, values, now)
+        if scores is None:
+            slots = self._ring_slots(states)
+        else:
+            slots = self._victims(states, scores)
+            scores.scatter_(-1, slots[..., None], new.pop("scores"))
+        self.pool.put(slots, new)
 
     def _visible(self, rows: Rows, states: list[RowState]) -> Part:
         """What the queries of these rows may look at after the new token came."""
@@ -279,12 +290,11 @@ class BudgetedLayer(PolicyLayer):
     def _ring_slots(self, states: list[RowState]) -> int | Tensor:
         """One slot for all rows, or [B, 1]."""
         ring = [ring_slot(state, 0) for state in states]
-        return ring[0] if min(ring) == max(ring) else torch.tensor(ring, device=self._device)[:, None]
+        return ring[0] if min(ring) == max(ring) else column(tuple(ring), self._device)[..., 0]
 
     def _now(self) -> Tensor:
         """[B, 1, 1] int64 position of the token that comes now."""
-        now = [prompt + self._appended for prompt in self._prompt_tokens]
-        return torch.tensor(now, device=self._device)[:, None, None]
+        return column(tuple(prompt + self._appended for prompt in self._prompt_tokens), self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -312,29 +322,30 @@ class BudgetedLayer(PolicyLayer):
     def _key_dim(self) -> int:
         return self.spec.key_dim
 
-    def _victims(self, states: list[RowState]) -> Tensor:
+    def _victims(self, states: list[RowState], scores: Tensor) -> Tensor:
         """[B, H]: the slot of the lowest unprotected score in full rows, per head; the next free one in others."""
         assert self.pool is not None
-        scores, now = self.pool.wide("scores"), self._now()
-        positions = self.pool.wide("positions", FOREVER)  # as recent as can be where there is no slot
-        protected = (positions < self.sinks) | (positions > now - self.policy.recent_tokens)
-        victims = scores.masked_fill(protected, torch.inf).min(-1).indices
         full = [state.held == state.capacity for state in states]
-        if all(full):
-            return victims
-        free = torch.tensor([state.held for state in states], device=now.device)[:, None]
-        return torch.where(torch.tensor(full, device=now.device)[:, None], victims, free)
+        free = column(tuple(state.held for state in states), self._device)[..., 0]
+        if not any(full):
+            return free.expand(-1, scores.shape[1])
+        # Where a row has no slot, its position is as recent as can be.
+        recent = self.pool.wide("positions", FOREVER) > (self._now() - self.policy.recent_tokens).int()
+        ranked = torch.where(recent, torch.inf, scores)
+        ranked[..., : self.sinks] = torch.inf  # sinks never leave the first slots
+        victims = ranked.min(-1).indices
+        return (
+            victims
+            if all(full)
+            else torch.where(column(tuple(map(int, full)), self._device)[..., 0] > 0, victims, free)
+        )
 
-    def _observe(self, states: list[RowState], probs: Sequence[Tensor]) -> None:
-        """Update the scores by this step's attention, [b, Hkv, G, S] of each run of rows."""
+    def _observe(self, states: list[RowState], scores: Tensor, probs: Tensor) -> None:
+        """Update the scores [B, H, slots] by this step's attention [B, Hkv, G, S]."""
         assert self.pool is not None
-        scores = self.pool.wide("scores")
-        width = max(p.shape[-1] for p in probs)
-        padded = [p if p.shape[-1] == width else F.pad(p, (0, width - p.shape[-1])) for p in probs]
-        together = padded[0] if len(padded) == 1 else torch.cat(padded)
-        held = torch.tensor([_held_after(state) for state in states], device=self._device)[:, None, None]
-        new = self.evictor.observe(scores[..., :width], together.float(), Step(self._now(), held))
-        self.pool.put_wide("scores", new)
+        held = column(tuple(_held_after(state) for state in states), self._device)
+        step = Step(self._now(), held)
+        self.pool.put_wide("scores", self.evictor.observe(scores[..., : probs.shape[-1]], probs.float(), step))
 
     def _merge_step(self, rows: Rows, states: list[RowState], probs: Tensor) -> None:
         """Let the merger save what the next token will overwrite; only in rows that are full."""
@@ -391,7 +402,7 @@ class BudgetedLayer(PolicyLayer):
         for column in self.pool.columns:
             if column.name == "positions":
                 assert first_position is not None
-                positions = first_position + torch.arange(T, device=keys.device)
+                positions = first_position if T == 1 else first_position + torch.arange(T, device=keys.device)
                 made["positions"] = positions.expand(B, column.heads, T).int()
             elif column.name == "scores":
                 made["scores"] = keys.new_zeros(B, column.heads, T, dtype=torch.float32)
