@@ -30,6 +30,17 @@ class _Batch:
     continuation: Tensor  # [B, C] padded on the right with 0
     reference: Tensor  # [B, C, V] float32 log-probabilities of the full cache
 
+    def rows(self) -> list[_Batch]:
+        """Each prompt as a batch of its own, without padding and to be prefilled anew; all of them if none has any."""
+        if bool(self.prompt.valid.all()):
+            return [self]
+        apart = []
+        for row, index in enumerate(self.indices):
+            now, own = slice(row, row + 1), self.prompt.valid[row]
+            prompt = PromptCapture([], self.prompt.valid[now, own], self.prompt.last_logits[now])
+            apart.append(_Batch([index], self.ids[now, own], prompt, self.continuation[now], self.reference[now]))
+        return apart
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -101,9 +112,12 @@ class Scorer:
         rows: dict[int, tuple[float, float, float, float]] = {}
         kv_bytes = full_bytes = 0
         for part in self._parts(wanted):
-            found, held, full = self._score_batch(policy, self._batch(part))
-            rows.update(found)
-            kv_bytes, full_bytes = kv_bytes + held, full_bytes + full
+            batch = self._batch(part)
+            # Where a prompt's chunks end, and so what they evict, would depend on the padding before it.
+            for piece in batch.rows() if policy.chunked else [batch]:
+                found, held, full = self._score_batch(policy, piece)
+                rows.update(found)
+                kv_bytes, full_bytes = kv_bytes + held, full_bytes + full
             if self._progress is not None:
                 self._progress(len(rows), len(set(wanted)))
         columns = list(zip(*(rows[i] for i in wanted), strict=True))
