@@ -196,6 +196,7 @@ def _head_slots(value: Any) -> Slots:
 _ABSENT: Any = None
 _FromZero = Annotated[int, Field(ge=0)]
 _FromOne = Annotated[int, Field(ge=1)]
+_FromTwo = Annotated[int, Field(ge=2)]  # a forward of one token is a decode step
 _LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 
 
@@ -337,7 +338,7 @@ class PrefillBlock(BaseModel):
     """How prompts are read."""
 
     model_config = _STRICT
-    chunk_tokens: _FromOne = Field(
+    chunk_tokens: _FromTwo = Field(
         description="Prompt tokens per forward; each chunk competes for the slots before the next one comes."
     )
 

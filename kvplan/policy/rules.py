@@ -73,6 +73,8 @@ def check_policy(policy: Policy) -> None:
     if not policy.layers:
         problems.append("layers: a policy has at least one layer")
     problems += [f"layers.{i}.{name}: {told}" for i, name, told in chunk_problems(policy)]
+    if policy.prefill_chunk_tokens is not None and policy.prefill_chunk_tokens < 2:
+        problems.append(f"prefill.chunk_tokens: must be at least 2, not {policy.prefill_chunk_tokens}")
     stated = policy.model.get("layers")
     if stated is not None and stated != len(policy.layers):
         problems.append(f"layers: {len(policy.layers)} layers, but model.layers is {stated}")
@@ -92,8 +94,7 @@ def check_model(policy: Policy, spec: ModelSpec) -> None:
             "use the model that the policy was made for, or search again"
         )
     problems = [*_identity_problems(policy, spec)]
-    for index in range(spec.num_layers):
-        problems += _fit_problems(policy, spec, index)
+    problems += [f"layers.{i}.{name}: {told}" for i, name, told in fit_problems(policy, spec)]
     if problems:
         raise PolicyError(problems)
 
@@ -123,25 +124,33 @@ def _window(block: Mapping[str, Any]) -> str:
     return f"a window of {block['window']} tokens in layers {layer_ranges(list(layers))}" if layers else "no window"
 
 
-def _fit_problems(policy: Policy, spec: ModelSpec, index: int) -> Iterator[str]:
+def fit_problems(policy: Policy, spec: ModelSpec) -> Iterator[tuple[int, str, str]]:
+    """Yield (layer, field, message) for every layer that a model of this shape does not allow."""
+    for index in range(spec.num_layers):
+        yield from ((index, name, told) for name, told in _fit_problems(policy, spec, index))
+
+
+def _fit_problems(policy: Policy, spec: ModelSpec, index: int) -> Iterator[tuple[str, str]]:
     layer, shape = policy.layers[index], spec.layers[index]
     if layer.shares is None:
         if shape.window is not None and not layer.slots.is_full:
             yield (
-                f"layers.{index}.slots: the model limits this layer to a window of {shape.window} tokens by itself; "
-                f"write full, not {layer.slots}"
+                "slots",
+                f"the model limits this layer to a window of {shape.window} tokens by itself; "
+                f"write full, not {layer.slots}",
             )
         if shape.window is not None and layer.stored_whole[1]:
             yield (
-                f"layers.{index}.codec: the model limits this layer to a window of {shape.window} tokens, whose slots "
-                "are overwritten one by one; use a codec without groups and no pruned channels there"
+                "codec",
+                f"the model limits this layer to a window of {shape.window} tokens, whose slots "
+                "are overwritten one by one; use a codec without groups and no pruned channels there",
             )
         if layer.slots.heads and len(layer.slots.heads) != shape.kv_heads:
-            yield f"layers.{index}.slots: {len(layer.slots.heads)} numbers for {shape.kv_heads} KV heads; give one each"
+            yield "slots", f"{len(layer.slots.heads)} numbers for {shape.kv_heads} KV heads; give one each"
         try:
             layout(layer, shape, getattr(torch, spec.dtype), policy.chunked)
         except MethodError as error:
-            yield f"layers.{index}.codec: {error}"
+            yield "codec", str(error)
         return
     source = spec.layers[layer.shares]
     if source == shape:
@@ -149,8 +158,9 @@ def _fit_problems(policy: Policy, spec: ModelSpec, index: int) -> Iterator[str]:
     if source.window != shape.window:
         kinds = [f"window {w} tokens" if w else "full attention" for w in (shape.window, source.window)]
         yield (
-            f"layers.{index}.shares: layer {index} ({kinds[0]}) cannot share the cache of layer {layer.shares} "
-            f"({kinds[1]}); they must attend alike"
+            "shares",
+            f"layer {index} ({kinds[0]}) cannot share the cache of layer {layer.shares} "
+            f"({kinds[1]}); they must attend alike",
         )
     else:
-        yield f"layers.{index}.shares: layers {index} and {layer.shares} have caches of different shape"
+        yield "shares", f"layers {index} and {layer.shares} have caches of different shape"

@@ -18,13 +18,16 @@ from kvplan.model_spec import layer_ranges
 from kvplan.policy import file_format
 from kvplan.policy.compositions import chunk_problems
 from kvplan.policy.file_format import LAYER_RANGES, MAX_LAYERS, LayerBlock, PolicyFile
-from kvplan.policy.rules import check_model, check_policy, layer_problems
-from kvplan.policy.schema import FORMAT_VERSION, LayerPolicy, Policy, Target
+from kvplan.policy.memory import stated_spec
+from kvplan.policy.rules import check_model, check_policy, fit_problems, layer_problems
+from kvplan.policy.schema import FORMAT_VERSION, LayerPolicy, Policy, Target, stated_windows
 from kvplan.policy.yaml_text import Document, Dumper, read
 from kvplan.units import format_share
 
 __all__ = ["check_model", "check_policy", "dump_policy", "json_schema", "load_policy", "parse_policy", "save_policy"]
 
+# What a `model:` block must state, of all layers alike, so that layers can be checked against it.
+_DESCRIBED = {"layers": int, "kv_heads": int, "head_dim": int, "dtype": str}
 SCHEMA_FILE = "kvplan-policy-v1.schema.json"
 
 
@@ -48,7 +51,7 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
     _check_version(document)
     parsed = _check_shape(document)
     blocks = _layer_blocks(document)
-    layers = _expand(document, blocks)
+    layers, owners = _expand(document, blocks)
     document.raise_problems()
     assert parsed is not None
     policy = Policy(
@@ -61,6 +64,13 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
     for _, name, told in dict.fromkeys(chunk_problems(policy)):
         document.report(("prefill",), f"{name}: {told}")
     document.raise_problems()
+    if all(isinstance(policy.model.get(name), kind) for name, kind in _DESCRIBED.items()):
+        windows = stated_windows(policy.model)
+        for index, name, told in fit_problems(policy, stated_spec(policy)):
+            # What the model's own windows allow is told when the policy meets the model.
+            if name != "shares" and index not in windows:
+                document.report(("layers", owners[index], name), told)
+        document.raise_problems()
     return policy
 
 
@@ -103,8 +113,13 @@ def _layer_blocks(document: Document) -> dict[Any, LayerPolicy | None]:
     return blocks
 
 
-def _expand(document: Document, blocks: Mapping[Any, LayerPolicy | None]) -> dict[int, LayerPolicy]:
-    """Layer index -> its policy. Reports overlaps, gaps, layers out of range, and rules between layers."""
+def _expand(
+    document: Document, blocks: Mapping[Any, LayerPolicy | None]
+) -> tuple[dict[int, LayerPolicy], dict[int, Any]]:
+    """Layer index -> its policy, and -> the key that gives it.
+
+    Reports overlaps, gaps, layers out of range, and rules between layers.
+    """
     model = document.data.get("model")
     stated = model.get("layers") if isinstance(model, dict) else None
     known = isinstance(stated, int) and not isinstance(stated, bool) and 0 < stated <= MAX_LAYERS
@@ -116,7 +131,7 @@ def _expand(document: Document, blocks: Mapping[Any, LayerPolicy | None]) -> dic
     layers = {i: block for i, key in sorted(owners.items()) if (block := blocks[key]) is not None}
     for index, name, told in layer_problems(layers):
         document.report(("layers", owners[index], name), told)
-    return layers
+    return layers, owners
 
 
 def _claim(document: Document, key: Any, count: int | None, owners: dict[int, Any]) -> None:

@@ -107,6 +107,25 @@ def test_every_rule_is_broken_by_one_of_these() -> None:
         assert not missed
 
 
+@pytest.mark.parametrize(("layer", "told"), [
+    ("slots: [64, 80]", "slots: 2 numbers for 4 KV heads; give one each"),
+    ("slots: 300, codec: kivi", "codec: kivi.group is 32, which does not divide vectors of 48 channels"),
+])  # fmt: skip
+def test_what_the_stated_model_cannot_hold_is_told_at_its_place(layer: str, told: str) -> None:
+    model = "{layers: 3, kv_heads: 4, head_dim: 48, dtype: float32}"
+    text = f"kvplan: 1\nmodel: {model}\nlayers:\n  0: {{slots: full}}\n  1-2: {{{layer}}}\n"
+    assert [t.split(":", 3)[1::2] for t in problems(text)] == [["5", f" layers.1-2.{told}"]]
+
+
+def test_chunks_of_one_token_are_refused() -> None:
+    """They could not be told from decode steps."""
+    assert problems("kvplan: 1\nprefill: {chunk_tokens: 1}\nlayers: {0: {slots: 64}}\n") == [
+        "p.yaml:2:25: prefill.chunk_tokens: must be at least 2, not 1"
+    ]
+    with pytest.raises(PolicyError, match="prefill.chunk_tokens: must be at least 2, not 1"):
+        check_policy(Policy(layers=(LayerPolicy(),), prefill_chunk_tokens=1))
+
+
 # -- whatever the rules allow runs ----------------------------------------------------------------------------------
 
 HQ, HKV, D = 4, 2, 16
