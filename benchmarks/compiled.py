@@ -1,23 +1,31 @@
 """How much a captured decode step gains over its eager self: `make bench-compiled`.
 
-The same static step, run as it is and through torch.compile, on the same caches in turn. Compiling takes about a minute and
-is told apart.
+The same static step, run as it is and through torch.compile, on equal caches in turn. Compiling takes about a minute
+and is told apart.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from functools import partial
+from typing import Any
 
 import torch
 from models import CPU, Prompt, quarter, small_llama
 
-from kvplan.check.timing import Spread, in_turn, seconds
+from kvplan.check.timing import Spread, in_turn, ratio, seconds
 from kvplan.methods.evictors import evictors
 from kvplan.runtime.attach import attach
 from kvplan.runtime.static import StaticCache, _Step, static_steps
 
 CONTEXT, STEPS, ROUNDS = 2048, 16, 9
+
+
+def measure(model: Any, step: _Step) -> float:
+    """CPU seconds of a step."""
+    with static_steps(model, step._cache), torch.no_grad():
+        return seconds(lambda: [step() for _ in range(STEPS)], CPU) / STEPS
 
 
 def main() -> None:
@@ -40,15 +48,12 @@ def main() -> None:
         with static_steps(model, cache), torch.no_grad():
             difference = (eager() - second).abs().max().item()
 
-        def run(step: _Step) -> float:
-            with static_steps(model, step._cache), torch.no_grad():
-                return seconds(lambda: [step() for _ in range(STEPS)], CPU) / STEPS
-
-        found = in_turn({"eager": lambda: run(eager), "compiled": lambda: run(compiled)}, ROUNDS)
-        ratio = Spread.of([a / b for a, b in zip(found["eager"], found["compiled"], strict=True)])
+        cases = {"eager": partial(measure, model, eager), "compiled": partial(measure, model, compiled)}
+        found = in_turn(cases, ROUNDS)
+        gain = ratio(found["eager"], found["compiled"]).text()
         ms = {case: Spread.of([1e3 * t for t in times]).text(1) for case, times in found.items()}
         print(
-            f"| {name} | {ms['eager']} | {ms['compiled']} | {ratio.text()} | {difference:.1e} | {took:.0f} |",
+            f"| {name} | {ms['eager']} | {ms['compiled']} | {gain} | {difference:.1e} | {took:.0f} |",
             flush=True,
         )
 

@@ -89,6 +89,12 @@ class Profile:
         """Standard errors of `sensitivity`."""
         return self._sensitivity(lambda m: m.se)
 
+    @property
+    def codec_sensitivity(self) -> dict[str, list[float]]:
+        """codec label -> mean KL in nats per layer stored by it alone; {} when not measured."""
+        codecs = self.sensitivity_sums.codecs if self.sensitivity_sums else {}
+        return {label: moments.mean.tolist() for label, moments in codecs.items()}
+
     def _sensitivity(self, of: Any) -> dict[str, dict[int, list[float]]]:
         sums = self.sensitivity_sums.moments if self.sensitivity_sums else {}
         return {name: {share: of(m).tolist() for share, m in by_share.items()} for name, by_share in sums.items()}
@@ -124,6 +130,7 @@ class Profile:
             "pair_distances": self.pair_distances if stats.sharing_prompts else [],
             "sensitivity": self.sensitivity,
             "sensitivity_se": self.sensitivity_se,
+            "codec_sensitivity": self.codec_sensitivity,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -159,6 +166,7 @@ class Profile:
                     name: {str(share): _dump_moments(m) for share, m in by_share.items()}
                     for name, by_share in sums.moments.items()
                 },
+                "codecs": {label: _dump_moments(m) for label, m in sums.codecs.items()},
             },
         }
 
@@ -224,7 +232,10 @@ def merge(first: Profile, second: Profile) -> Profile:
             name: {share: moments + other.moments[name][share] for share, moments in by_share.items()}
             for name, by_share in sums.moments.items()
         }
-        merged = SensitivitySums(moments, sums.settings, sums.seconds + other.seconds)
+        if set(sums.codecs) != set(other.codecs):
+            raise ProfileError("their sensitivities are of different codecs; calibrate both with one kvplan")
+        codecs = {label: m + other.codecs[label] for label, m in sums.codecs.items()}
+        merged = SensitivitySums(moments, sums.settings, sums.seconds + other.seconds, codecs)
     return Profile(
         spec=first.spec,
         statistics=Statistics(
@@ -249,7 +260,8 @@ def describe(profile: Profile) -> str:
     if sums is None:
         return text
     shares = ", ".join(format_share(int(s)) for s in next(iter(sums.moments.values()), {}))
-    return f"{text}; sensitivity of {', '.join(sums.moments)} at {shares}"
+    codecs = f", and of {', '.join(sums.codecs)}" if sums.codecs else ""
+    return f"{text}; sensitivity of {', '.join(sums.moments)} at {shares}{codecs}"
 
 
 def _same(what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from kvplan.calibrate.profile import Profile
+from kvplan.calibrate.sensitivity import CODECS
 from kvplan.calibrate.statistics import (
     MOMENT_NAMES,
     SHARING_TOKENS,
@@ -106,6 +107,7 @@ class _Sensitivity(_Model):
     settings: dict[str, Any]
     seconds: NonNegativeFloat
     moments: dict[str, dict[str, _Moments]]
+    codecs: dict[str, _Moments] = {}  # profiles of the first version have none
 
     def unpack(self, num_layers: int) -> SensitivitySums:
         moments: dict[str, dict[int, Moments]] = {}
@@ -125,7 +127,15 @@ class _Sensitivity(_Model):
         wanted = {"evictors": list(moments), "shares": [int(s) for s in next(iter(grids), ())]}
         if any(self.settings.get(key) != value for key, value in wanted.items()):
             raise ProfileError("sensitivity.settings: evictors or shares are not those of the moments")
-        return SensitivitySums(moments, self.settings, self.seconds)
+        codecs = {}
+        for label, packed in self.codecs.items():
+            where = f"sensitivity.codecs.{label}"
+            if label not in CODECS:
+                raise ProfileError(f"{where}: unknown codec (known: {', '.join(CODECS)})")
+            if packed.count not in counts:
+                raise ProfileError(f"{where}: not measured on the prompts of the evictors")
+            codecs[label] = packed.unpack((num_layers,), packed.count, where)
+        return SensitivitySums(moments, self.settings, self.seconds, codecs)
 
 
 class _File(_Model):

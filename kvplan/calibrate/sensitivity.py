@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from kvplan.calibrate.prompts import Example
 from kvplan.calibrate.statistics import Moments, SensitivitySums
-from kvplan.errors import ProfileError
+from kvplan.errors import MethodError, ProfileError
+from kvplan.methods.codecs import Codec
+from kvplan.methods.codecs.int8 import Int8
+from kvplan.methods.codecs.turboquant import TurboQuant
 from kvplan.methods.evictors import evictors as registry
-from kvplan.model_spec import ModelSpec
+from kvplan.model_spec import DTYPE_BYTES, ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Slots
 from kvplan.stats import PromptScores
 from kvplan.units import BASIS_POINTS
 
 EVICTORS = ("snapkv", "knorm", "h2o", "tova", "streaming")
 SHARES = (1000, 2500, 5000)  # basis points of the prompt that the cut layer keeps
+# Codecs whose slots stand alone, by the label that profiles and searches use.
+CODECS: Mapping[str, Codec] = {
+    "int8": Int8(),
+    "turboquant4": TurboQuant(bits=4),
+    "turboquant3": TurboQuant(bits=3),
+    "turboquant2": TurboQuant(bits=2),
+}
 
 Score = Callable[[Policy, list[int]], PromptScores]
 
@@ -30,12 +41,13 @@ def measure(
     *,
     evictors: Sequence[str] = EVICTORS,
     shares: Sequence[int] = SHARES,
+    codecs: Mapping[str, Codec] = CODECS,
     min_slots: int = 24,
     sink_tokens: int = 4,
     recent_tokens: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> SensitivitySums:
-    """Cut each layer alone, by each evictor, to each share; every other layer keeps everything.
+    """Cut each layer alone, by each evictor, to each share; then store it alone, whole, by each codec.
 
     Layers with a window of their own cannot be cut and count 0.
 
@@ -43,6 +55,7 @@ def measure(
         score: Scores of the given prompts under a policy; the prompts were prefilled once, so a call is a replay.
         num_prompts: Prompts 0 to `num_prompts` - 1 are used.
         shares: In basis points.
+        codecs: By label; those that cannot store this model's heads are left out.
         progress: Called with (replays done, replays in all).
 
     Raises:
@@ -55,15 +68,31 @@ def measure(
         raise ProfileError(f"{bad[0]} basis points is not a share; it must be above 0 and at most {BASIS_POINTS}")
     methods = {name: registry[name]() for name in evictors}
     prompts = list(range(num_prompts))
+    usable = {label: codec for label, codec in codecs.items() if stores(codec, spec)}
     layers = [i for i, layer in enumerate(spec.layers) if layer.window is None]
-    done, total, start = 0, len(methods) * len(shares) * len(layers), time.perf_counter()
+    done, start = 0, time.perf_counter()
+    total = num_replays(spec, len(methods) * len(shares), codecs)
     block = spec.policy_block()
     full = LayerPolicy()
+
+    def one_layer(changed: LayerPolicy, name: str) -> Moments:
+        """KL of each layer in turn under the changed policy."""
+        nonlocal done
+        kl = np.zeros((num_prompts, spec.num_layers))
+        for layer in layers:
+            policy = Policy(layers=tuple(changed if i == layer else full for i in range(spec.num_layers)), model=block)
+            kl[:, layer] = score(policy, prompts).kl
+            if not np.isfinite(kl[:, layer]).all():
+                raise ProfileError(f"layer {layer} cut by {name}: KL is not finite; has every prompt a continuation?")
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        return Moments.of(kl)
+
     moments: dict[str, dict[int, Moments]] = {}
     for name, evictor in methods.items():
         moments[name] = {}
         for share in shares:
-            kl = np.zeros((num_prompts, spec.num_layers))
             cut = LayerPolicy(
                 slots=Slots(share=share),
                 sink_tokens=sink_tokens,
@@ -71,17 +100,8 @@ def measure(
                 min_slots=min_slots,
                 evictor=evictor,
             )
-            for layer in layers:
-                policy = Policy(layers=tuple(cut if i == layer else full for i in range(spec.num_layers)), model=block)
-                kl[:, layer] = score(policy, prompts).kl
-                if not np.isfinite(kl[:, layer]).all():
-                    raise ProfileError(
-                        f"layer {layer} cut by {name}: KL is not finite; has every prompt a continuation?"
-                    )
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            moments[name][share] = Moments.of(kl)
+            moments[name][share] = one_layer(cut, name)
+    rounded = {label: one_layer(LayerPolicy(key_codec=c, value_codec=c), label) for label, c in usable.items()}
     settings = {
         "evictors": list(methods),
         "shares": list(shares),
@@ -89,7 +109,27 @@ def measure(
         "sink_tokens": sink_tokens,
         "recent_tokens": recent_tokens,
     }
-    return SensitivitySums(moments, settings, time.perf_counter() - start)
+    return SensitivitySums(moments, settings, time.perf_counter() - start, rounded)
+
+
+def stores(codec: Codec, spec: ModelSpec) -> bool:
+    """Whether a codec can store keys and values of every layer, and in fewer bytes."""
+    wide = DTYPE_BYTES[spec.dtype]
+    dtype = getattr(torch, spec.dtype)
+    try:
+        return all(
+            codec.unit_bytes(dim, dtype) < dim * wide
+            for layer in spec.layers
+            for dim in (layer.key_dim, layer.value_dim)
+        )
+    except MethodError:
+        return False
+
+
+def num_replays(spec: ModelSpec, cuts: int = len(EVICTORS) * len(SHARES), codecs: Mapping[str, Codec] = CODECS) -> int:
+    """How many replays `measure` makes with that many pairs of an evictor and a share."""
+    usable = sum(stores(codec, spec) for codec in codecs.values())
+    return (cuts + usable) * sum(layer.window is None for layer in spec.layers)
 
 
 def stratified(examples: Sequence[Example], count: int) -> list[int]:

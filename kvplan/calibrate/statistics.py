@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -130,11 +130,13 @@ class SensitivitySums:
         moments: evictor -> basis points of the prompt kept -> [L] moments over prompts; 0 at layers that cannot be cut.
         settings: What must be equal for two of them to be merged.
         seconds: How long it took.
+        codecs: codec label -> [L] moments of the KL when one layer alone is stored by it, whole.
     """
 
     moments: Mapping[str, Mapping[int, Moments]]
     settings: Mapping[str, Any]
     seconds: float = 0.0
+    codecs: Mapping[str, Moments] = field(default_factory=dict)
 
 
 def token_l2(

@@ -61,7 +61,7 @@ def command(
     from kvplan.calibrate.collect import collect
     from kvplan.calibrate.profile import Profile
     from kvplan.calibrate.prompts import load_examples
-    from kvplan.calibrate.sensitivity import EVICTORS, SHARES, measure, stratified
+    from kvplan.calibrate.sensitivity import measure, num_replays, stratified
     from kvplan.cli.console import note, out, progress, warn
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
@@ -98,8 +98,7 @@ def command(
         else:
             start = time.perf_counter()
             scorer = Scorer(network, spec, chosen)
-            layers = sum(layer.window is None for layer in spec.layers)
-            with progress("sensitivity", len(EVICTORS) * len(SHARES) * layers) as advance:
+            with progress("sensitivity", num_replays(spec)) as advance:
                 sums = measure(scorer.score, spec, len(chosen), progress=_steps(advance))
             sums = replace(sums, seconds=time.perf_counter() - start)
     versions = {

@@ -24,6 +24,7 @@ from kvplan.report.comparison import markdown, table
 from kvplan.search.allocators import allocators
 from kvplan.search.budget import Protection
 from kvplan.search.compile import budget_for
+from kvplan.search.method import joined, named
 from kvplan.search.project import project
 from kvplan.units import BASIS_POINTS, parse_share
 
@@ -40,21 +41,24 @@ def kvplan(*args: str) -> None:
         sys.exit(done.returncode)
 
 
-def recipe(profile: Profile, share: int, allocator: str, evictor_name: str) -> Policy:
-    """One evictor everywhere, the slots split by an allocator, at the target's bytes (side arrays included)."""
-    spec, evictor, protection = profile.spec, evictors[evictor_name](), Protection()
+def recipe(profile: Profile, share: int, allocator: str, name: str) -> Policy:
+    """One method everywhere, the slots split by an allocator, at the target's bytes (side arrays and scales included).
+
+    A codec that stores the whole prompt in fewer bytes than the target is `full`, and holds less.
+    """
+    spec, method, protection = profile.spec, named(name), Protection()
     budget = budget_for(profile, spec, Target(share=share), protection)
     layers = budget.layers
     raw = allocators[allocator]().split([profile.importance[i] for i in layers], share / BASIS_POINTS)
     units = project(
         raw,
-        [budget.cost(i, evictor) for i in layers],
+        [budget.cost(i, method) for i in layers],
         budget.total,
-        [budget.floor(i, evictor) for i in layers],
-        [budget.cap(i, evictor) for i in layers],
+        [budget.floor(i, method) for i in layers],
+        [budget.cap(i, method) for i in layers],
     )
     plans = {
-        i: LayerPolicy(slots=budget.slots(u, i, evictor), min_slots=protection.min_slots, evictor=evictor)
+        i: method.layer(budget.slots(u, i, method), min_slots=protection.min_slots)
         for i, u in zip(layers, units, strict=True)
     }
     return Policy(layers=tuple(plans.get(i, LayerPolicy(slots=FULL)) for i in range(spec.num_layers)))
@@ -73,6 +77,10 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
         f"{label} {name}": recipe(profile, share, allocator, name)
         for allocator, label in LABELS.items()
         for name in budgeted
+    }
+    policies |= {
+        f"uniform {name}": recipe(profile, share, "uniform", name)
+        for name in (joined("streaming", codec) for codec in profile.codec_sensitivity)
     }
     with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))

@@ -48,6 +48,12 @@ def command(
     evictor: Annotated[
         list[str] | None, typer.Option(help="An evictor to choose from; may be repeated.", show_default="all measured")
     ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A codec to choose from beside plain slots; may be repeated. dense: none.", show_default="all measured"
+        ),
+    ] = None,
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
     recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
     min_slots: Annotated[int, typer.Option(min=1, help="Fewest slots of a layer.")] = 64,
@@ -72,7 +78,7 @@ def command(
     evictors = evictor or []
     # Says at once what cannot be, before the model is loaded.
     planned = budget_for(measured, measured.spec, target, protection)
-    Compiler(measured, planned, evictors)
+    Compiler(measured, planned, evictors, codecs=codec)
 
     import json
 
@@ -148,6 +154,7 @@ def command(
                 on_confirm=lambda done, total: report("confirming", done, total),
                 prepare=prepare,
                 evictors=evictors,
+                codecs=codec,
                 protection=protection,
                 identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
                 provenance={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from rich.text import Text
 
@@ -17,14 +18,29 @@ from kvplan.units import format_bytes, format_share
 WIDTH = 80
 _BAR = 28
 _COLOURS = ("cyan", "magenta", "yellow", "blue", "green", "red")
-_KINDS = ("keys", "values", "positions", "scores", "total")
+_BESIDE = ("positions", "scores", "counts", "channels")
 _FIELDS = ("slots", "sink_tokens", "recent_tokens", "min_slots")
+_METHODS = ("evictor", "head_split", "merger", "channels", "key_codec", "value_codec")
 
 
-def evictor_text(layer: LayerPolicy) -> str:
+def method_text(method: Any) -> str:
     """'snapkv(window_tokens=16)'."""
-    params = ", ".join(f"{name}={value}" for name, value in settings(layer.evictor).items())
-    return f"{layer.evictor.name}({params})" if params else layer.evictor.name
+    if method is None:
+        return "none"
+    params = ", ".join(f"{name}={value}" for name, value in settings(method).items())
+    return f"{method.name}({params})" if params else str(method.name)
+
+
+def layer_text(layer: LayerPolicy) -> str:
+    """'tova, int8': what is at work in a layer, the evictor first."""
+    told = [] if layer.slots.is_full else [method_text(layer.evictor)]
+    told += [method_text(m) for m in (layer.head_split, layer.merger, layer.channels) if m is not None]
+    keys, values = method_text(layer.key_codec), method_text(layer.value_codec)
+    if keys == values:
+        told += [keys] if keys != "dense" else []
+    else:
+        told.append(f"keys {keys}, values {values}")
+    return ", ".join(told)
 
 
 def _clip(text: str, width: int) -> str:
@@ -37,7 +53,7 @@ def picture(policy: Policy, context_tokens: int) -> Text:
     for line in _heading(policy):
         text.append(line + "\n")
     scale = f"0{f'{context_tokens} tokens':>{_BAR - 1}}"
-    text.append(f"\nlayer    slots  {scale}   evictor\n", "bold")
+    text.append(f"\nlayer    slots  {scale}   how\n", "bold")
     names = sorted({layer.evictor.name for layer in policy.layers})
     colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
     held = 0
@@ -76,10 +92,11 @@ def _layer_line(index: int, layer: LayerPolicy, share: float, context_tokens: in
     line.append(f"{layer.slots!s:>8}  [")
     line.append("#" * filled, colours[layer.evictor.name])
     line.append("." * (_BAR - filled) + "]")
-    if layer.slots.is_full:
+    told = layer_text(layer)
+    if not told:
         return line.append("\n")
     note = f" (min {layer.min_slots})" if floor_binds(layer, [context_tokens]) else ""
-    line.append("  ").append(_clip(evictor_text(layer), WIDTH - len(line) - len(note)), colours[layer.evictor.name])
+    line.append("  ").append(_clip(told, WIDTH - len(line) - len(note)), colours[layer.evictor.name])
     return line.append(note + "\n")
 
 
@@ -118,15 +135,21 @@ def _changed_settings(old: LayerPolicy, new: LayerPolicy) -> list[str]:
         for name in _FIELDS:
             if getattr(old, name) != getattr(new, name):
                 told.append(f"{name}: {getattr(old, name)} -> {getattr(new, name)}")
-        if old.evictor != new.evictor:
-            told.append(f"evictor: {evictor_text(old)} -> {evictor_text(new)}")
+        for name in _METHODS:
+            before, after = getattr(old, name), getattr(new, name)
+            if before != after:
+                told.append(f"{name.replace('_', ' ')}: {method_text(before)} -> {method_text(after)}")
     elif old.shares != new.shares:
         told.append(f"shares: {_source(old)} -> {_source(new)}")
     return told
 
 
 def _source(layer: LayerPolicy) -> str:
-    return f"{layer.slots} by {evictor_text(layer)}" if layer.shares is None else f"layer {layer.shares}"
+    return (
+        f"{layer.slots} by {layer_text(layer) or method_text(layer.evictor)}"
+        if layer.shares is None
+        else f"layer {layer.shares}"
+    )
 
 
 def diff(found: list[LayerChange], plan_a: BytesPlan, plan_b: BytesPlan, where: str) -> Text:
@@ -160,7 +183,8 @@ def _percent(old: int, new: int) -> str:
 def byte_table(plan: BytesPlan, where: str) -> Text:
     """Bytes by layer and kind, and their sum against the full cache."""
     text = Text(no_wrap=True)
-    text.append(f"{'layer':>5}{'slots':>10}" + "".join(f"{kind:>13}" for kind in _KINDS) + "\n", "bold")
+    kinds = ("keys", "values", "scales", "beside", "total")
+    text.append(f"{'layer':>5}{'slots':>10}" + "".join(f"{kind:>13}" for kind in kinds) + "\n", "bold")
     for index, (held, slots) in enumerate(zip(plan.layers, plan.slots, strict=True)):
         text.append(f"{index:>5}{slots:>10}{_kinds(held)}\n")
     text.append(f"{'sum':>5}{sum(plan.slots):>10}{_kinds(plan.by_kind)}\n", "bold")
@@ -172,4 +196,6 @@ def byte_table(plan: BytesPlan, where: str) -> Text:
 
 
 def _kinds(held: LayerBytes) -> str:
-    return "".join(f"{format_bytes(getattr(held, kind)):>13}" for kind in _KINDS)
+    """Beside: positions and scores of evictors, counts of mergers, channel numbers."""
+    beside = sum(getattr(held, kind) for kind in _BESIDE)
+    return "".join(f"{format_bytes(n):>13}" for n in (held.keys, held.values, held.scales, beside, held.total))

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvplan.errors import TargetError
-from kvplan.methods.evictors import Evictor
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import DEFAULT_MIN_SLOTS, DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS, FULL, Slots, Target
+from kvplan.search.method import Method
 from kvplan.units import BASIS_POINTS, format_bytes, format_share
 
 
@@ -96,31 +96,32 @@ class Budget:
         # A basis point of T tokens is T / 10000 tokens: bytes become (byte * basis points) per token of context.
         return (self.full_bytes * self.target.share - windows * BASIS_POINTS) // self.context_tokens
 
-    def cost(self, layer: int, evictor: Evictor) -> int:
+    def cost(self, layer: int, method: Method) -> int:
         """Bytes of one unit: keys, values and what the evictor keeps beside them."""
-        return self.spec.token_bytes(layer) + evictor.side_bytes_per_slot(self.spec.layers[layer].kv_heads)
+        return method.slot_bytes(self.spec.layers[layer], self.spec.dtype, full=False)
 
-    def cap(self, layer: int, evictor: Evictor) -> int:
+    def cap(self, layer: int, method: Method) -> int:
         """Units from which on the layer is `full`: it then keeps no side arrays, so it costs no more."""
-        return -(-self.whole * self.spec.token_bytes(layer) // self.cost(layer, evictor))
+        full = method.slot_bytes(self.spec.layers[layer], self.spec.dtype, full=True)
+        return -(-self.whole * full // self.cost(layer, method))
 
-    def floor(self, layer: int, evictor: Evictor) -> int:
+    def floor(self, layer: int, method: Method) -> int:
         """Units of `min_slots` at the context."""
         least = -(-self.protection.min_slots * self.whole // self.context_tokens)
-        return min(least, self.cap(layer, evictor))
+        return min(least, self.cap(layer, method))
 
-    def slots(self, units: int, layer: int, evictor: Evictor) -> Slots:
-        if units >= self.cap(layer, evictor):
+    def slots(self, units: int, layer: int, method: Method) -> Slots:
+        if units >= self.cap(layer, method):
             return FULL
         return Slots(tokens=units) if self.target.share is None else Slots(share=units)
 
-    def check(self, evictors: Iterable[Evictor]) -> None:
+    def check(self, methods: Iterable[Method]) -> None:
         """Fail before long work, not after it.
 
         Raises:
-            TargetError: with some evictor the smallest policy costs more; names the smallest target that works.
+            TargetError: with some method the smallest policy costs more; names the smallest target that works.
         """
-        dearest = max(evictors, key=lambda e: sum(self.cost(i, e) * self.floor(i, e) for i in self.layers))
+        dearest = max(methods, key=lambda e: sum(self.cost(i, e) * self.floor(i, e) for i in self.layers))
         least = sum(self.cost(i, dearest) * self.floor(i, dearest) for i in self.layers)
         if least <= self.total:
             return

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvplan.calibrate.groups import layer_groups
 from kvplan.errors import ProfileError
-from kvplan.methods.evictors import Evictor, evictors
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.allocators import allocators, knapsack
 from kvplan.search.budget import Budget, Protection
+from kvplan.search.method import Method, joined, named
 from kvplan.search.project import project
 from kvplan.search.sharing import rankers, sharing_map
 from kvplan.units import BASIS_POINTS
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 KNAPSACK = "knapsack"
 PROFILE = "profile"
+DENSE = "dense"  # slots as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Params:
     Args:
         split: Name of an allocator, or `knapsack`.
         scales: Factor on the split per layer group, before the projection.
-        evictors: Evictor name per layer group, or `profile`: what the knapsack picks for each layer.
+        evictors: Method per layer group: an evictor (`snapkv`), one with a codec (`snapkv+int8`), or `profile`: what
+            the knapsack picks for each layer.
         shared_layers: How many layers read another layer's cache.
     """
 
@@ -51,9 +53,10 @@ class Compiler:
         names: Evictors to choose from; all of the profile's when empty.
         groups: Layers that are decided together; by default those of alike sensitivity, the least sensitive first.
         ranker: Name of the ranker of layer pairs.
+        codecs: Labels of codecs to choose from beside storing slots as they are; None: all of the profile's.
 
     Raises:
-        ProfileError: the profile holds no sensitivity for a name.
+        ProfileError: the profile holds no sensitivity for a name or a codec.
         TargetError: the target cannot be met with one of the evictors.
     """
 
@@ -64,19 +67,28 @@ class Compiler:
         names: Sequence[str] = (),
         groups: Sequence[Sequence[int]] | None = None,
         ranker: str = "kvsharer",
+        codecs: Sequence[str] | None = None,
     ) -> None:
-        self._curves = profile.sensitivity
+        self._curves = dict(profile.sensitivity)
         if not self._curves:
             raise ProfileError("the profile holds no sensitivity; run kvplan calibrate without --no-sensitivity")
         self.names = sorted(set(names or self._curves))
-        self.evictors: dict[str, Evictor] = {name: evictors[name]() for name in self.names}
         missing = [name for name in self.names if name not in self._curves]
         if missing:
             raise ProfileError(
                 f"the profile holds no sensitivity for {', '.join(missing)}; calibrate with it, or choose among: "
                 f"{', '.join(sorted(self._curves))}"
             )
-        budget.check(self.evictors.values())
+        self.codecs = _measured_codecs(profile, codecs)
+        self.methods = {name: named(name) for name in self.names}
+        # A codec rounds whatever stays, so its damage comes on top of what is lost.
+        for codec, rounding in self.codecs.items():
+            for name in list(self.names):
+                both = joined(name, codec)
+                curve = {s: [a + b for a, b in zip(kl, rounding, strict=True)] for s, kl in self._curves[name].items()}
+                self._curves[both] = {**curve, BASIS_POINTS: rounding}
+                self.methods[both] = named(both)
+        budget.check(self.methods[name] for name in self.names)
         self.budget = budget
         self._importance = profile.importance
         self.groups = [list(g) for g in groups] if groups is not None else self._natural_groups()
@@ -103,7 +115,7 @@ class Compiler:
         source_of = sharing_map(self._ranked, spec, params.shared_layers)
         owners = [i for i in budget.layers if i not in source_of]
         names = [self._evictor_name(params, i, owners) for i in owners]
-        chosen = [self.evictors[name] for name in names]
+        chosen = [self.methods[name] for name in names]
         cost = [budget.cost(i, e) for i, e in zip(owners, chosen, strict=True)]
         plain = sum(spec.token_bytes(i) for i in owners) * budget.whole
         if params.split == KNAPSACK:
@@ -132,27 +144,23 @@ class Compiler:
         groups = layer_groups([math.log(max(kl, knapsack.NO_KL)) for kl in damage])
         return [[layers[i] for i in group] for group in groups]
 
-    def _layer(self, layer: int, units: int, evictor: Evictor) -> LayerPolicy:
-        slots = self.budget.slots(units, layer, evictor)
-        if slots.is_full:
-            return LayerPolicy()
+    def _layer(self, layer: int, units: int, method: Method) -> LayerPolicy:
         keep = self.budget.protection
-        return LayerPolicy(
-            slots=slots,
+        return method.layer(
+            self.budget.slots(units, layer, method),
             sink_tokens=keep.sink_tokens,
             recent_tokens=keep.recent_tokens,
             min_slots=keep.min_slots,
-            evictor=evictor,
         )
 
     def _evictor_name(self, params: Params, layer: int, owners: list[int]) -> str:
         name = params.evictors[self._group_of[layer]]
-        return self._knapsack(owners)[layer].evictor if name == PROFILE else name
+        return self._knapsack(owners)[layer].method if name == PROFILE else name
 
     def _knapsack(self, owners: list[int]) -> dict[int, knapsack.Choice]:
         # The ranking fixes which layers share, so their number identifies the owners.
         if len(owners) not in self._solved:
-            self._solved[len(owners)] = knapsack.solve(self._curves, self.evictors, self.budget, owners)
+            self._solved[len(owners)] = knapsack.solve(self._curves, self.methods, self.budget, owners)
         return self._solved[len(owners)]
 
 
@@ -162,6 +170,18 @@ def budget_for(profile: Profile, spec: ModelSpec, target: Target, protection: Pr
     mean_tokens = -(-statistics.num_tokens // max(statistics.num_prompts, 1))
     context = target.context_tokens or mean_tokens
     return Budget(spec=spec, target=target, context_tokens=context, protection=protection)
+
+
+def _measured_codecs(profile: Profile, wanted: Sequence[str] | None) -> dict[str, list[float]]:
+    """Codec label -> KL of each layer."""
+    known = profile.codec_sensitivity
+    labels = list(known) if wanted is None else [label for label in wanted if label != DENSE]
+    if missing := [label for label in labels if label not in known]:
+        raise ProfileError(
+            f"the profile holds no sensitivity for the codec {', '.join(missing)}; calibrate again, or choose among: "
+            f"{', '.join([DENSE, *known])}"
+        )
+    return {label: known[label] for label in labels}
 
 
 def _pair_distances(profile: Profile) -> list[tuple[int, int, float]]:

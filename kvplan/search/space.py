@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvplan.search.allocators import allocators
 from kvplan.search.compile import KNAPSACK, PROFILE, Compiler, Params
+from kvplan.search.method import joined
 
 if TYPE_CHECKING:
     import optuna
@@ -25,7 +26,9 @@ class WarmStart:
 
 
 class SearchSpace:
-    """One scale and one evictor per layer group, the split that the scales bend, and how many layers share.
+    """One scale and one method per layer group, the split that the scales bend, and how many layers share.
+
+    A method is an evictor, alone or with a codec; every codec is offered with the evictor that suits the profile best.
 
     Args:
         compiler: Knows the groups, the evictors and how many layers can share.
@@ -34,7 +37,10 @@ class SearchSpace:
     def __init__(self, compiler: Compiler) -> None:
         self._compiler = compiler
         self.splits = [*allocators.names(), KNAPSACK]
-        self.evictors = [*compiler.names, PROFILE] if len(compiler.names) > 1 else compiler.names
+        best = compiler.best_evictor()
+        self.evictors = (
+            [*compiler.names, *self._encoded(best), PROFILE] if len(compiler.methods) > 1 else compiler.names
+        )
         self.group_names = ascii_lowercase[: len(compiler.groups)]
 
     def suggest(self, trial: optuna.Trial) -> Params:
@@ -78,6 +84,7 @@ class SearchSpace:
             *(self._start(f"uniform {name}", "uniform", name, is_recipe=True) for name in self._compiler.names),
             self._start(f"squeeze {best}", "squeeze", best, is_recipe=True),
             self._start(f"pyramid {best}", "pyramid", best, is_recipe=True),
+            *(self._start(f"uniform {both}", "uniform", both, is_recipe=True) for both in self._encoded(best)),
             self._start(f"knapsack {best}", KNAPSACK, best),
         ]
         if len(self.group_names) > 1:
@@ -85,6 +92,9 @@ class SearchSpace:
         if most > 0:
             starts.append(self._start("knapsack, 1 layer shares", KNAPSACK, any_evictor, shared=1))
         return starts
+
+    def _encoded(self, evictor: str) -> list[str]:
+        return [joined(evictor, codec) for codec in self._compiler.codecs]
 
     def _start(
         self, label: str, split: str, evictor: str, *, is_recipe: bool = False, tilt: float = 1.0, shared: int = 0

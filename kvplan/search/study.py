@@ -49,6 +49,7 @@ def search(
     on_confirm: Callable[[int, int], None] = lambda done, total: None,
     prepare: Callable[[Sequence[int]], None] = lambda prompts: None,
     evictors: Sequence[str] = (),
+    codecs: Sequence[str] | None = None,
     protection: Protection = Protection(),
     identity: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -74,6 +75,7 @@ def search(
         on_confirm: Called with the candidates confirmed so far, from 0 on, and their number.
         prepare: Called with prompts right before policies are scored on them for the first time.
         evictors: Names to choose from; by default all that the profile measured.
+        codecs: Codecs to choose from beside plain slots, likewise; none with `("dense",)`.
         protection: What every layer keeps.
         identity: What else decides a score, for example the fingerprint of the prompts.
         provenance: Goes into the policies.
@@ -85,7 +87,7 @@ def search(
     """
     budget = budget_for(profile, spec, target, protection)
     context = budget.context_tokens
-    compiler = Compiler(profile, budget, evictors)
+    compiler = Compiler(profile, budget, evictors, codecs=codecs)
     run = _Run(SearchSpace(compiler), compiler, score, list(search_prompts), context, dict(provenance or {}))
     starts = run.space.warm_starts()
     if trials == 0:

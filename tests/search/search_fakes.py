@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from kvplan.calibrate.sensitivity import CODECS
 from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.policy.schema import Policy
 from kvplan.stats import PromptScores
@@ -40,6 +41,7 @@ class FakeProfile:
     )
 
     data_fingerprint: str = "sha256:data"
+    codecs: tuple[str, ...] = ()
 
     @property
     def statistics(self) -> Any:
@@ -49,6 +51,15 @@ class FakeProfile:
     def sensitivity(self) -> dict[str, dict[int, list[float]]]:
         layers = range(self.spec.num_layers)
         return {e: {s: [layer_kl(i, e, s / 10_000) for i in layers] for s in SHARES} for e in self.evictors}
+
+    @property
+    def codec_sensitivity(self) -> dict[str, list[float]]:
+        return {label: [codec_kl(i, CODECS[label].name) for i in range(self.spec.num_layers)] for label in self.codecs}
+
+
+def codec_kl(layer: int, codec: str) -> float:
+    """Damage of one layer that a codec stores."""
+    return {"dense": 0.0, "int8": 0.001, "turboquant": 0.02}[codec] * WEIGHTS[layer]
 
 
 class FakeScore:
@@ -92,6 +103,8 @@ def total_kl(policy: Policy) -> float:
     for i, layer in enumerate(policy.layers):
         if layer.shares is not None:
             total += 0.4
-        elif layer.slots.share is not None:
+            continue
+        total += codec_kl(i, layer.key_codec.name)
+        if layer.slots.share is not None:
             total += layer_kl(i, layer.evictor.name, layer.slots.share / 10_000)
     return total

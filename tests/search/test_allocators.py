@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from search_fakes import SHARES, FakeProfile, layer_kl
 
 from kvplan.errors import MethodError
-from kvplan.methods.evictors import evictors
 from kvplan.policy.schema import Target
 from kvplan.search.allocators import allocators, knapsack
 from kvplan.search.allocators.pyramid import Pyramid
 from kvplan.search.allocators.squeeze import Squeeze
 from kvplan.search.budget import Budget
+from kvplan.search.method import named
 from kvplan.search.project import project
 
 COSINES = [0.50, 0.72, 0.74, 0.76, 0.95, 0.96, 0.97, 0.80]
@@ -78,6 +78,12 @@ def test_noise_in_a_curve_does_not_make_less_better() -> None:
     assert knapsack.kl_at(curve, 2000) == pytest.approx(0.3)
 
 
+def test_a_codec_costs_something_even_when_everything_is_kept() -> None:
+    curve = {2000: 0.5, 5000: 0.3, 10_000: 0.1}
+    assert knapsack.kl_at(curve, 10_000) == pytest.approx(0.1)
+    assert knapsack.kl_at(curve, 7500) == pytest.approx(0.2)
+
+
 def test_below_the_measured_shares_damage_at_least_doubles_per_halving() -> None:
     assert knapsack.kl_at({4000: 0.2, 7000: 0.19}, 2000) >= 0.4
 
@@ -85,18 +91,18 @@ def test_below_the_measured_shares_damage_at_least_doubles_per_halving() -> None
 @pytest.mark.parametrize("share", [1500, 4000, 8000])
 def test_knapsack_beats_uniform_and_fits(share: int) -> None:
     profile = FakeProfile()
-    chosen = {name: evictors[name]() for name in profile.evictors}
+    chosen = {name: named(name) for name in profile.evictors}
     budget = Budget(spec=profile.spec, target=Target(share=share), context_tokens=1000)
     choice = knapsack.solve(profile.sensitivity, chosen, budget, budget.layers)
-    assert sum(c.units * budget.cost(i, chosen[c.evictor]) for i, c in choice.items()) <= budget.total
+    assert sum(c.units * budget.cost(i, chosen[c.method]) for i, c in choice.items()) <= budget.total
     uniform = min(sum(layer_kl(i, e, share / 10_000) for i in range(8)) for e in profile.evictors)
-    assert sum(layer_kl(i, c.evictor, min(c.units / 10_000, 1)) for i, c in choice.items()) < uniform
-    assert all(c.units >= budget.floor(i, chosen[c.evictor]) for i, c in choice.items())
+    assert sum(layer_kl(i, c.method, min(c.units / 10_000, 1)) for i, c in choice.items()) < uniform
+    assert all(c.units >= budget.floor(i, chosen[c.method]) for i, c in choice.items())
 
 
 def test_knapsack_at_the_smallest_target_keeps_every_floor() -> None:
     profile = FakeProfile()
-    chosen = {"streaming": evictors["streaming"]()}
+    chosen = {"streaming": named("streaming")}
     budget = Budget(spec=profile.spec, target=Target(share=640), context_tokens=1000)
     choice = knapsack.solve(profile.sensitivity, chosen, budget, budget.layers)
     assert {c.units for c in choice.values()} == {640}

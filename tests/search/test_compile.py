@@ -3,18 +3,19 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_fakes import FakeProfile, spec_of
+from search_fakes import FakeProfile, spec_of, total_kl
 
 from kvplan.errors import ProfileError, TargetError
-from kvplan.methods.evictors import evictors
 from kvplan.policy.memory import plan
 from kvplan.policy.rules import check_model, check_policy
 from kvplan.policy.schema import Policy, Target
 from kvplan.search.budget import Budget, Protection
 from kvplan.search.compile import Compiler, Params
+from kvplan.search.method import named
 from kvplan.search.space import SearchSpace
 
 PLAIN = FakeProfile()
+ENCODED = FakeProfile(codecs=("int8", "turboquant4"))
 WINDOWED = FakeProfile(spec=spec_of(windows=(1, 4)))
 
 
@@ -27,6 +28,7 @@ COMPILERS = {
     "9%": Compiler(PLAIN, budget_of(PLAIN, Target(share=900))),  # type: ignore[arg-type]
     "99%": Compiler(PLAIN, budget_of(PLAIN, Target(share=9900))),  # type: ignore[arg-type]
     "windows": Compiler(WINDOWED, budget_of(WINDOWED, Target(share=4000))),  # type: ignore[arg-type]
+    "codecs": Compiler(ENCODED, budget_of(ENCODED, Target(share=2500))),  # type: ignore[arg-type]
     "bytes": Compiler(PLAIN, budget_of(PLAIN, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
 }
 
@@ -75,6 +77,27 @@ def test_full_layers_pay_for_no_side_arrays() -> None:
     policy = compiler.compile(Params(split="pyramid", scales=(1.0,) * G, evictors=("h2o",) * G))
     assert any(layer.slots.is_full for layer in policy.layers)
     assert plan(policy, PLAIN.spec, [1000]).ratio <= 0.99
+
+
+def test_the_profile_method_stores_layers_in_fewer_bytes_where_that_costs_least() -> None:
+    compiler = COMPILERS["codecs"]
+    joint = compiler.compile(SearchSpace(compiler).warm_starts()[0].params)
+    plain = Compiler(ENCODED, compiler.budget, codecs=["dense"])  # type: ignore[arg-type]
+    tokens = plain.compile(SearchSpace(plain).warm_starts()[0].params)
+    assert {layer.key_codec.name for layer in joint.layers} > {"turboquant"}
+    assert {layer.key_codec.name for layer in tokens.layers} == {"dense"}
+    assert total_kl(joint) < total_kl(tokens) / 2
+
+
+def test_every_codec_is_offered_with_the_best_evictor() -> None:
+    space = SearchSpace(COMPILERS["codecs"])
+    assert space.evictors == ["h2o", "snapkv", "streaming", "h2o+int8", "h2o+turboquant4", "profile"]
+    assert {"uniform h2o+int8", "uniform h2o+turboquant4"} <= {start.label for start in space.warm_starts()}
+
+
+def test_a_codec_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"no sensitivity for the codec fp8; .* dense, int8, turboquant4"):
+        Compiler(ENCODED, COMPILERS["codecs"].budget, codecs=["fp8"])  # type: ignore[arg-type]
 
 
 def test_sharing_leaves_its_bytes_to_the_others() -> None:
@@ -141,7 +164,7 @@ def test_an_infeasible_target_names_the_smallest_one(target: Target, told: str) 
 
 
 def test_the_named_smallest_target_is_feasible_and_the_one_below_is_not() -> None:
-    chosen = [evictors["h2o"]()]
+    chosen = [named("h2o")]
     budget_of(PLAIN, Target(share=720)).check(chosen)
     with pytest.raises(TargetError):
         budget_of(PLAIN, Target(share=719)).check(chosen)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvplan.methods.evictors import Evictor
 from kvplan.search.budget import Budget
+from kvplan.search.method import Method
 from kvplan.units import BASIS_POINTS
 
 Curve = Mapping[int, float]  # basis points of the prompt kept in one layer -> KL
@@ -22,7 +22,7 @@ BINS = 4096
 class Choice:
     """What the knapsack picks for one layer: `units` as in `Budget`, and the KL that the profile promises."""
 
-    evictor: str
+    method: str
     units: int
     kl: float
 
@@ -30,18 +30,20 @@ class Choice:
 def kl_at(curve: Curve, share: float) -> float:
     """KL of a layer that keeps `share` basis points, between and beyond the measured ones.
 
-    Between two measured shares log KL is linear in the share; from the largest to everything, KL is linear to 0. Below
+    Between two measured shares log KL is linear in the share; from the largest to everything, KL is linear to what
+    keeping everything costs: 0, or what the curve says (a codec rounds whatever is kept). Below
     the smallest measured share it grows at least in inverse proportion to the share, and at least as fast (in log-log)
     as between the two smallest: an unmeasured cut is never assumed to be cheap.
     """
+    whole = curve.get(BASIS_POINTS, 0.0)
     if share >= BASIS_POINTS:
-        return 0.0
+        return whole
     shares = sorted(s for s in curve if s < BASIS_POINTS)
     # Noise may let a smaller share look better; keeping more never counts as worse than keeping less.
     kls = [max(curve[s] for s in shares[i:]) for i in range(len(shares))]
     kls = [max(k, NO_KL) for k in kls]
     if share >= shares[-1]:
-        return kls[-1] * (BASIS_POINTS - share) / (BASIS_POINTS - shares[-1])
+        return whole + max(kls[-1] - whole, 0.0) * (BASIS_POINTS - share) / (BASIS_POINTS - shares[-1])
     if share < shares[0]:
         power = 1.0
         if len(shares) > 1:
@@ -57,22 +59,22 @@ def best_evictor(curves: Mapping[str, Mapping[int, Sequence[float]]], layers: Se
 
 def solve(
     curves: Mapping[str, Mapping[int, Sequence[float]]],
-    evictors: Mapping[str, Evictor],
+    methods: Mapping[str, Method],
     budget: Budget,
     layers: Sequence[int],
 ) -> dict[int, Choice]:
-    """Minimise the summed KL of `layers` under the budget: one evictor and one grid point per layer.
+    """Minimise the summed KL of `layers` under the budget: one method and one grid point per layer.
 
     Dynamic programming over bytes above the cheapest choice, in bins rounded up (so the answer always fits). KL curves
     have cliffs, which Lagrangian relaxation jumps over; the DP needs no convexity and is instant.
 
     Args:
         curves: `Profile.sensitivity`: evictor -> basis points -> KL per layer.
-        evictors: The evictors to choose from, all of them measured.
+        methods: What to choose from, all of it with a curve.
         budget: The target; `budget.check` must have passed.
         layers: Layers that store a cache of their own.
     """
-    options = {i: _options(curves, evictors, budget, i) for i in layers}
+    options = {i: _options(curves, methods, budget, i) for i in layers}
     cheapest = {i: min(cost for cost, _ in options[i]) for i in layers}
     spare = budget.total - sum(cheapest.values())
     quantum = max(1, -(-spare // BINS))
@@ -95,19 +97,20 @@ def solve(
 
 
 def _options(
-    curves: Mapping[str, Mapping[int, Sequence[float]]], evictors: Mapping[str, Evictor], budget: Budget, layer: int
+    curves: Mapping[str, Mapping[int, Sequence[float]]], methods: Mapping[str, Method], budget: Budget, layer: int
 ) -> list[tuple[int, Choice]]:
     """(cost, choice) without those that another one beats in both."""
     found: list[tuple[int, Choice]] = []
-    for name, evictor in evictors.items():
-        floor, cap = budget.floor(layer, evictor), budget.cap(layer, evictor)
+    for name, method in methods.items():
+        floor, cap = budget.floor(layer, method), budget.cap(layer, method)
+        cost = budget.cost(layer, method)
         measured = {share: values[layer] for share, values in curves[name].items()}
         grid = {round(x) for x in np.geomspace(max(floor, 1), cap, GRID)}
-        grid |= {share * budget.whole // BASIS_POINTS for share in measured}
+        grid |= {share * budget.whole // BASIS_POINTS for share in measured if share < BASIS_POINTS}
         for units in sorted({min(max(x, floor), cap) for x in grid}):
-            kl = 0.0 if units == cap else kl_at(measured, units * BASIS_POINTS / budget.whole)
-            found.append((units * budget.cost(layer, evictor), Choice(name, units, kl)))
-    found.sort(key=lambda option: (option[0], option[1].kl, option[1].evictor))
+            share = BASIS_POINTS if units == cap else units * BASIS_POINTS / budget.whole
+            found.append((units * cost, Choice(name, units, kl_at(measured, share))))
+    found.sort(key=lambda option: (option[0], option[1].kl, option[1].method))
     kept: list[tuple[int, Choice]] = []
     for cost, choice in found:
         if not kept or choice.kl < kept[-1][1].kl:
