@@ -75,7 +75,7 @@ bench-gpu: $(INSTALLED)
 policies: $(INSTALLED)
 	@mkdir -p build/policies
 	cd build/policies && ../../$(BIN)/kvplan calibrate -o profile.json
-	for share in 50 40 25; do (cd build/policies && ../../$(BIN)/kvplan search --mem $$share% --trials 40 -o $$share.yaml \
+	for share in 50 40 25 10; do (cd build/policies && ../../$(BIN)/kvplan search --mem $$share% --trials 40 -o $$share.yaml \
 	  && cp $$share.yaml ../../policies/bundled/$${share}pct.yaml) || exit 1; done
 
 test: $(DEV)
