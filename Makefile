@@ -26,6 +26,7 @@ PYTEST_WORKERS ?= 2
 MATRIX := .venv-matrix
 TRANSFORMERS ?= 5.17.0
 TORCH ?= 2.13.0
+MATRIX_TESTS ?= tests/runtime tests/policy tests/methods
 PYTEST_ARGS ?=
 
 help:
@@ -89,8 +90,7 @@ test-matrix:
 	  torch==$(TORCH) transformers==$(TRANSFORMERS) -e '.[dev]'
 	@$(MATRIX)/bin/python -c 'import platform, torch, transformers; print("Python", platform.python_version(), \
 	  "torch", torch.__version__, "transformers", transformers.__version__)'
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) \
-	  tests/runtime tests/policy tests/methods
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) $(MATRIX_TESTS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
