@@ -72,7 +72,7 @@ def score_scan(
     scores: Tensor,
     args: AttentionArgs,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run a score evictor over T new tokens, step by step.
 
     Args:
@@ -82,7 +82,8 @@ def score_scan(
         bias: [B, Hkv, N + T] added to the logits, or None.
 
     Returns:
-        visible [B, H, T, N + T] bool, the final scores, and alive [B, H, N + T] bool after the last step.
+        visible [B, H, T, N + T] bool, the final scores, alive [B, H, N + T] bool after the last step, and the slot
+        [B, H, N + T] int64 that each of these lies in. Of equal scores the first slot's is the lowest.
     """
     B, H, width = positions.shape
     T = q.shape[2]
@@ -96,16 +97,19 @@ def score_scan(
     alive = (torch.arange(width, device=keys.device) < held[:, None])[:, None].expand(B, H, width).clone()
     alive[..., N:] = False
     visible = torch.zeros(B, H, T, width, dtype=torch.bool, device=keys.device)
+    slots = torch.arange(width, device=keys.device).expand(B, H, width).clone()
     for step in range(T):
         now = positions[:, :, N + step, None]
         full = (held + step >= limits)[:, None, None]
         protected = (positions < sinks) | (positions > now - recent_tokens)
         candidates = scores.masked_fill(~alive | protected, torch.inf)
-        victim = candidates.min(-1, keepdim=True).indices
+        equal = candidates == candidates.amin(-1, keepdim=True)
+        victim = slots.masked_fill(~equal, FOREVER).min(-1, keepdim=True).indices
+        slots[..., N + step, None] = torch.where(full, slots.gather(-1, victim), (held + step)[:, None, None])
         alive.scatter_(-1, victim, alive.gather(-1, victim) & ~full)
         alive[..., N + step] = True
         visible[:, :, step] = alive
         probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
         seen = torch.minimum(held + step + 1, limits)[:, None, None]
         scores = evictor.observe(scores, probs[..., 0, :].float(), Step(now[:, :1], seen))
-    return visible, scores, alive
+    return visible, scores, alive, slots

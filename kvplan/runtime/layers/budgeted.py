@@ -378,13 +378,13 @@ class BudgetedLayer(PolicyLayer):
         parts = chunk.decoded_part(columns, self.key_codec, self.value_codec, self._key_dim, self.spec.value_dim, keys)
         if self.keeps_scores:
             logit_bias = parts.bias
-            visible, scores, alive = score_scan(
+            visible, scores, alive, slots = score_scan(
                 self.evictor, states, self.policy.recent_tokens, q, _dense(parts.keys), columns["positions"],
                 columns["scores"], args, logit_bias,
             )  # fmt: skip
             columns["scores"] = scores
             self._appended += num_new
-            self._keep_alive(columns, alive)
+            self._keep_alive(columns, alive, slots)
         else:
             visible = ring_visibility(states, width, num_new, keys.device)
             self._grow(num_new)
@@ -419,14 +419,15 @@ class BudgetedLayer(PolicyLayer):
             for name, target in self.pool.row(b).columns.items():
                 as_bytes(target)[0, :, slots] = as_bytes(columns[name])[b][:, sources]
 
-    def _keep_alive(self, columns: Mapping[str, Tensor], alive: Tensor) -> None:
-        """A new pool of the slots that are alive [B, H, N]."""
+    def _keep_alive(self, columns: Mapping[str, Tensor], alive: Tensor, slots: Tensor) -> None:
+        """A new pool of what is alive [B, H, N], each in its own slot [B, H, N]."""
         assert self.pool is not None
         pool = Pool(self.pool.columns, self._sizes(self._appended), self.pool.device)
         for b in range(self.num_rows):
             held = self.held(b)
             # `nonzero` lists survivors head by head, in order.
             order = alive[b].nonzero()[:, 1].view(alive.shape[1], held)
+            order = order.gather(-1, slots[b].gather(-1, order).argsort(-1))
             for name, target in pool.row(b).columns.items():
                 as_bytes(target)[0, :, :held] = chunk.pick(as_bytes(columns[name])[b], order)
         self.pool = pool
