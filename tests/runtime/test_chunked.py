@@ -54,7 +54,7 @@ def llama() -> Any:
 BATCHES = [(40,), (39,), (41,), (7,), (8,), (40, 23, 31, 9), (24, 1), (25, 3, 16)]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt_neox", "opt", "gpt_oss"])
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_a_budget_above_the_length_is_the_model_itself(family: str, name: str) -> None:
     made = model(family, torch.float64)

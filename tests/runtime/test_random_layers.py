@@ -193,7 +193,7 @@ def test_a_random_layer(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["h2o", "tova"])
 def test_a_turn_breaks_ties_as_single_tokens_do(name: str) -> None:
-    """Attention so sharp that most scores are exactly 0: of equal ones the first slot's leaves, whatever came before."""
+    """Attention so sharp that most scores are exactly 0: of equal ones the first slot's leaves, as one by one."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 90, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     layer = LayerPolicy(slots=Slots(12), sink_tokens=1, recent_tokens=3, evictor=evictors[name]())
