@@ -6,40 +6,9 @@ import torch
 from torch import Tensor
 
 from kvplan.methods.evictors import Evictor, PromptView, Signal
-from kvplan.methods.softmax import capped, masked_softmax
 from kvplan.policy.schema import LayerPolicy
+from kvplan.runtime.kernels import choose
 from kvplan.runtime.kernels.dense import AttentionArgs
-
-QUERY_BLOCK = 128
-
-
-def column_sums(q: Tensor, keys: Tensor, valid: Tensor, args: AttentionArgs) -> Tensor:
-    """Attention mass each key receives from all queries of the prompt, mean over the query group.
-
-    Blocked over queries, so memory is O(block x T). Padded queries and keys give and take nothing.
-
-    Args:
-        q: [B, Hq, T, D] of the last T columns; keys: [B, Hkv, N, D]; valid: [B, N] bool.
-
-    Returns:
-        [B, Hkv, N] float32.
-    """
-    B, Hkv, N, _ = keys.shape
-    T = q.shape[2]
-    grouped = q.unflatten(1, (Hkv, -1)).float()  # [B, Hkv, G, T, D]
-    keys_t = keys.float().mT
-    sums = keys.new_zeros((B, Hkv, N), dtype=torch.float32)
-    columns = torch.arange(N, device=keys.device)
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
-        first, end = N - T + start, N - T + stop
-        block = grouped[:, :, :, start:stop]
-        logits = (block.flatten(2, 3) @ keys_t[..., :end]).unflatten(2, block.shape[2:4]) * args.scaling
-        logits = capped(logits, args.softcap)
-        visible = (columns[:end] <= columns[first:end, None]) & valid[:, None, None, None, :end]
-        probs = masked_softmax(logits, visible, args.sink_logits) * valid[:, None, None, first:end, None]
-        sums[..., :end] += probs.mean(2).sum(2)
-    return sums
 
 
 def prompt_view(
@@ -55,7 +24,7 @@ def prompt_view(
         softcap=args.softcap,
         sink_logits=args.sink_logits,
         queries=q[:, :, -max(evictor.window_tokens_needed, 1) :],
-        column_sums=column_sums(q, keys, valid, args) if wants_sums else None,
+        column_sums=choose.column_sums(q, keys, valid, args) if wants_sums else None,
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from kvplan.methods.evictors import PromptView, Signal, evictors
 from kvplan.methods.params import Choice, IntRange, search_ranges, settings
 from kvplan.policy.schema import LayerPolicy, Slots
+from kvplan.runtime.kernels.choose import column_sums
 from kvplan.runtime.kernels.dense import AttentionArgs
-from kvplan.runtime.prompt import column_sums, slot_order
+from kvplan.runtime.prompt import slot_order
 
 B, HQ, HKV, T, D = 2, 4, 2, 40, 8
 

@@ -12,9 +12,9 @@ import torch
 from kvplan.methods.evictors import PromptView, evictors
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.schema import LayerPolicy, Slots
+from kvplan.runtime.kernels.choose import column_sums
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.layers.budgeted import BudgetedLayer
-from kvplan.runtime.prompt import column_sums
 
 T, D = 48, 8
 ARGS = AttentionArgs(scaling=D**-0.5)

@@ -16,6 +16,7 @@ from kvplan.runtime.kernels.encoded import Encoded
 from kvplan.runtime.kernels.varlen import DecodeArgs, Decoded, Probs, Sequences
 
 QUERY_BLOCK = 128
+COLUMN_BLOCK = 32  # on a CPU: what a block of logits takes must stay in its caches
 
 
 def side_by_side(buffer: Tensor, seqs: Sequences) -> Tensor:
@@ -119,18 +120,31 @@ def column_sums(q: Tensor, keys: Tensor, valid: Tensor, args: AttentionArgs, lse
         lse: [B, Hq, T] as `attention_lse` gives it, or None to compute it on the way.
     """
     B, Hkv, N, _ = keys.shape
-    T, offset = q.shape[2], keys.shape[2] - q.shape[2]
-    sums = keys.new_zeros((B, Hkv, N), dtype=working_dtype(keys.dtype))
-    for start in range(0, T, QUERY_BLOCK):
-        logits, stop = _block_logits(q, keys, valid, start, args)
-        if lse is None:
-            block_lse = _with_sinks(logits.logsumexp(-1), args)
+    T, G, dtype = q.shape[2], q.shape[1] // Hkv, working_dtype(keys.dtype)
+    block = COLUMN_BLOCK if q.device.type == "cpu" else QUERY_BLOCK
+    grouped = q.unflatten(1, (Hkv, G)).to(dtype) * args.scaling  # [B, Hkv, G, T, D]
+    keys_t = keys.to(dtype).mT
+    padded = not bool(valid.all())
+    later = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
+    sums = keys.new_zeros((B, Hkv, N), dtype=dtype)
+    for start in range(0, T, block):
+        size = min(block, T - start)
+        first, end = N - T + start, N - T + start + size
+        logits = grouped[:, :, :, start : start + size].flatten(2, 3) @ keys_t[..., :end]
+        logits = capped(logits, args.softcap).unflatten(2, (G, size))  # [B, Hkv, G, t, end]
+        logits[..., first:].masked_fill_(later[:size, :size], -torch.inf)
+        if padded:
+            logits.masked_fill_(~valid[:, None, None, None, :end], -torch.inf)
+        if lse is not None:
+            probs = logits.sub_(lse[..., start : start + size].unflatten(1, (Hkv, G))[..., None].to(dtype)).exp_()
+        elif args.sink_logits is not None:
+            probs = logits.sub_(_with_sinks(logits.logsumexp(-1), args)[..., None]).exp_()
         else:
-            block_lse = lse[..., start:stop].unflatten(1, (Hkv, -1)).to(logits.dtype)
-        probs = logits.sub_(block_lse[..., None]).exp_().mean(2)  # [B, Hkv, t, end]
-        padding = ~valid[:, None, offset + start : offset + stop, None]
-        sums[..., : offset + stop] += probs.masked_fill_(padding, 0.0).sum(2)
-    return sums
+            probs = logits.softmax(-1)
+        if padded:
+            probs.masked_fill_(~valid[:, None, None, first:end, None], 0.0)  # NaN so far
+        sums[..., :end] += probs.flatten(2, 3).sum(2)
+    return sums / G
 
 
 def _with_sinks(lse: Tensor, args: AttentionArgs) -> Tensor:

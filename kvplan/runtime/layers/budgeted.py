@@ -399,15 +399,15 @@ class BudgetedLayer(PolicyLayer):
         made = {f"keys.{name}": codes for name, codes in self.key_codec.encode(keys).items()}
         made |= {f"values.{name}": codes for name, codes in self.value_codec.encode(values).items()}
         B, T = keys.shape[0], keys.shape[2]
-        for column in self.pool.columns:
-            if column.name == "positions":
+        for c in self.pool.columns:
+            if c.name == "positions":
                 assert first_position is not None
                 positions = first_position if T == 1 else first_position + torch.arange(T, device=keys.device)
-                made["positions"] = positions.expand(B, column.heads, T).int()
-            elif column.name == "scores":
-                made["scores"] = keys.new_zeros(B, column.heads, T, dtype=torch.float32)
-            elif column.name == "counts":
-                made["counts"] = keys.new_ones(B, column.heads, T, dtype=torch.int32)
+                made["positions"] = positions.expand(B, c.heads, T).int()
+            elif c.name == "scores":
+                made["scores"] = keys.new_zeros(B, c.heads, T, dtype=torch.float32)
+            elif c.name == "counts":
+                made["counts"] = keys.new_ones(B, c.heads, T, dtype=torch.int32)
         return made
 
     def _write_ring(self, columns: Mapping[str, Tensor], states: list[RowState], width: int, num_new: int) -> None:
