@@ -132,7 +132,7 @@ HQ, HKV, D = 4, 2, 16
 SHAPE = LayerSpec(HKV, D, D)
 MODEL = ModelSpec((SHAPE,), HQ, "float32")
 ARGS = AttentionArgs(scaling=D**-0.5)
-SLOTS = (FULL, Slots(16), Slots(share=6000), Slots(heads=(Slots(16), Slots(share=9000))))
+SLOTS = (FULL, Slots(16), Slots(heads=(Slots(16), Slots(share=9000))))
 DENSE, INT8, GROUPS = codecs["dense"](), codecs["int8"](), codecs["kivi"](group=4, residual_tokens=8)
 CODECS = (
     (DENSE, DENSE), (INT8, INT8), (GROUPS, GROUPS), (GROUPS, DENSE), (INT8, GROUPS),
@@ -206,7 +206,7 @@ def test_whatever_the_rules_allow_runs(evictor: str) -> None:
                 except Exception as error:
                     raise AssertionError(dump_policy(policy)) from error
                 count += 1
-    assert count >= (6 if evictor == "corm" else 30)
+    assert count >= (3 if evictor == "corm" else 20)
 
 
 def test_whatever_the_rules_allow_beside_a_window_runs() -> None:

@@ -28,7 +28,7 @@ from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.layers.base import PolicyLayer, attend_seen, heads_to_rows, rows_to_heads
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-EXAMPLES = int(os.environ.get("KVPLAN_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("KVPLAN_EXAMPLES", "40"))
 
 
 def some_codec(draw: random.Random) -> Any:
