@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-compiled bench-gpu policies test test-matrix lint format format-check types imports \
+.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-compiled bench-gpu policies test test-matrix lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -60,6 +60,10 @@ dev: $(DEV)
 demo: $(INSTALLED)
 	@rm -rf demo-out && mkdir demo-out
 	@cd demo-out && ../$(BIN)/python -m kvplan.cli.demo
+
+# What the runtime costs and saves on a CPU, each against transformers' own cache in the same process.
+bench-decode bench-prefill bench-chunked bench-quantized: bench-%: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$*.py
 
 bench-calibrate: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibrate.py

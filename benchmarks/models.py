@@ -47,7 +47,7 @@ def quarter(model: Any, evictor: Evictor | None = None, **layer: Any) -> Policy:
 
 @dataclass
 class Prompt:
-    """Random keys and values [B, Hkv, T, D] of every layer, padded on the left."""
+    """Keys and values [B, Hkv, T, D] of every layer, padded on the left."""
 
     lengths: list[int]
     keys: list[Tensor]
@@ -57,6 +57,19 @@ class Prompt:
     def random(cls, model: Any, lengths: Sequence[int]) -> Prompt:
         shapes = [(len(lengths), s.kv_heads, max(lengths, default=0), s.key_dim) for s in spec_of(model).layers]
         return cls(list(lengths), [torch.randn(s) for s in shapes], [torch.randn(s) for s in shapes])
+
+    @classmethod
+    @torch.no_grad()
+    def prefilled(cls, model: Any, lengths: Sequence[int]) -> tuple[Prompt, DynamicCache]:
+        """What a real prefill of random tokens leaves, and the cache that it left them in.
+
+        What `DynamicCache` costs afterwards hinges on the allocator, and so on what ran before.
+        """
+        ids = torch.randint(0, model.config.vocab_size, (len(lengths), max(lengths)))
+        mask, cache = padding(lengths), DynamicCache(config=model.config)
+        at = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+        model(input_ids=ids, attention_mask=mask, position_ids=at, past_key_values=cache, logits_to_keep=1)
+        return cls(list(lengths), [x.keys for x in cache.layers], [x.values for x in cache.layers]), cache
 
     @property
     def columns(self) -> int:
@@ -121,11 +134,16 @@ class Decoding:
             return seconds(lambda: self.steps(count), CPU) / count
 
 
+def padding(lengths: Sequence[int]) -> Tensor | None:
+    """[B, T] of rows padded on the left; None where none is."""
+    if len(set(lengths)) == 1:
+        return None
+    return torch.stack([torch.arange(max(lengths)) >= max(lengths) - n for n in lengths]).long()
+
+
 def decoding(model: Any, prompt: Prompt, policy: Policy | None, share: float = 1.0) -> Decoding:
     """A cache after the prompt: a policy's, or transformers' own with the last `share` of it."""
-    mask = None
-    if len(set(prompt.lengths)) > 1:
-        mask = torch.stack([torch.arange(prompt.columns) >= prompt.columns - n for n in prompt.lengths]).long()
+    mask = padding(prompt.lengths)
     if policy is None:
         return Decoding(model, prompt.dynamic(share), None, list(prompt.lengths), mask)
     with attach(model, policy) as runtime:

@@ -73,7 +73,7 @@ def command(
     if output is not None:
         check_writable(output, [policy, data])
 
-    network, tokenizer, spec = _load(policy, plan, model, dtype, device, trust_remote_code)
+    network, tokenizer, spec = load_for(policy, plan, model, dtype, device, trust_remote_code)
     requests = _requests(records, network, tokenizer, spec, max_new_tokens)
 
     from kvplan.cli.console import progress
@@ -170,7 +170,7 @@ def _read_stdin() -> str:
         raise DataError("standard input: not UTF-8 text") from error
 
 
-def _load(
+def load_for(
     path: Path, policy: Policy, model: str | None, dtype: str | None, device: str, trust_remote_code: bool
 ) -> tuple[Any, Any, ModelSpec]:
     """The model to run: the one that was named, or that the policy names, or the bundled one if it is the policy's."""

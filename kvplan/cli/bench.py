@@ -1,0 +1,64 @@
+"""`kvplan bench`: how fast a model decodes under a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvplan.cli.console import MAX_SEED, MAX_TOKENS
+
+
+def command(
+    policy: Annotated[Path, typer.Option(help="What kvplan search wrote.")],
+    model: Annotated[
+        str | None, typer.Option(help="A folder or a hub id.", show_default="the policy's, or the bundled one")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Prompt tokens of a row.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens that are decoded and timed.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random prompt.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the policy's")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Time decoding under a policy, beside transformers' cache (full, and cut to the same bytes) and a full policy.
+
+    A random prompt; the four caches take turns, so that other programs slow all of them alike. On a CPU with one
+    thread (OMP_NUM_THREADS=1) the clock is the thread's own CPU time.
+    """
+    from kvplan.policy.serialize import load_policy
+
+    plan = load_policy(policy)
+
+    from kvplan.cli.run import load_for
+    from kvplan.policy.serialize import check_model
+
+    network, _, spec = load_for(policy, plan, model, dtype, device, trust_remote_code)
+    check_model(plan, spec)
+
+    from kvplan.check.bench import bench
+    from kvplan.cli.console import out, progress
+
+    with progress("decoding", 4 * (repeats + 1)) as advance:
+        rows = bench(
+            network, plan, spec, context=context, batch=batch, new_tokens=new_tokens, repeats=repeats, seed=seed,
+            progress=advance,
+        )  # fmt: skip
+    if as_json:
+        import json
+
+        settings = {"context": context, "batch": batch, "new_tokens": new_tokens, "repeats": repeats}
+        typer.echo(json.dumps({**settings, "caches": [row.to_json() for row in rows]}, indent=2))
+        return
+
+    from kvplan.report.bench import table
+
+    rounds = f"{repeats} round{'s' if repeats > 1 else ''}"
+    title = f"{batch} x {context} tokens, {new_tokens} new; medians of {rounds} (quartiles)"
+    out.print(table(rows, title), soft_wrap=True)
