@@ -45,6 +45,20 @@ layers:
 """
 
 
+EXAMPLE_OF_ALL = """\
+kvplan: 1
+model: {type: llama, layers: 8, kv_heads: 2, head_dim: 32, dtype: bfloat16}
+layers:
+  0-1: {slots: 50%, min_slots: 192, evictor: snapkv, codec: {kivi: {bits: 4}}}
+  "2": {slots: [60%, 20%], evictor: h2o}
+  "3": {slots: full, codec: {keys: {turboquant: {bits: 3}}, values: int8}}
+  "4": {slots: 40%, evictor: h2o, channels: {think: {drop: 0.5}}}
+  "5": {slots: 60%, evictor: snapkv, head_split: adakv, codec: fp8}
+  "6": {slots: 40%, evictor: h2o, merger: kvmerger}
+  "7": {slots: 60%, evictor: {corm: {window_tokens: 64}}}
+"""
+
+
 def docstring_args(cls: type) -> dict[str, str]:
     """The `Args:` and `Attributes:` sections of a class docstring: name -> text."""
     found: dict[str, str] = {}
@@ -227,6 +241,8 @@ def policy_page() -> str:
         "written by hand is as good. Reading a file checks all of it and reports every problem with line and column: "
         "`kvplan policy validate FILE`. What the decisions mean is in [concepts.md](concepts.md).",
         f"```yaml\n{EXAMPLE}```",
+        "One of each of the other decisions:",
+        f"```yaml\n{EXAMPLE_OF_ALL}```",
         "Editors that speak YAML's language server complete and check a policy with its JSON Schema. Write that beside "
         "your policies:",
         f"```sh\nkvplan policy schema > {SCHEMA_FILE}\n```",
@@ -258,6 +274,11 @@ def policy_page() -> str:
         "Rules between fields and layers:",
         "- `slots` in tokens is at least `sink_tokens + recent_tokens`; of a percentage, `min_slots` is. An evictor "
         "without sinks (`sliding`) counts `recent_tokens` alone.\n"
+        "- With `kivi` or pruned channels the least is more: sinks and one more unit of `group` tokens (one slot where "
+        "slots stand alone), and the recent part (`residual_tokens`, `recent`). The message names the number: "
+        "`codec: kivi` with its defaults needs `min_slots: 192`.\n"
+        "- Codecs have widths that they can store: after pruning, `turboquant` at 3 bits needs a multiple of 8 channels, "
+        "at 2 bits of 4; `group_channels` must divide the channels. Choose another `drop`, or other bits.\n"
         "- A percentage is of each row's own prompt tokens, rounded down, and fixed when the prompt has been read.\n"
         "- `shares` names an earlier layer that stores a cache of its own, with the same KV heads, channels and "
         "attention window.\n"
@@ -282,7 +303,8 @@ def policy_page() -> str:
         "evictor; what is left out is `dense`.",
         method_sections(codecs),
         "## What cannot run together",
-        "Everything else can. The order inside a layer is: share, evict and merge, prune channels, encode.",
+        "Everything else can, as long as numbers fit (see the rules above). The order inside a layer is: share, evict "
+        "and merge, prune channels, encode.",
         rules_table(RULES),
         "With `prefill: {chunk_tokens: N}` also not:",
         rules_table(CHUNK_RULES),

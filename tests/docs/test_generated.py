@@ -37,4 +37,5 @@ def test_help_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_example_is_a_valid_policy() -> None:
-    assert len(parse_policy(generator().EXAMPLE).layers) == 8
+    for example in (generator().EXAMPLE, generator().EXAMPLE_OF_ALL):
+        assert len(parse_policy(example).layers) == 8
