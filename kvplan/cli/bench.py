@@ -11,7 +11,7 @@ from kvplan.cli.console import MAX_SEED, MAX_TOKENS
 
 
 def command(
-    policy: Annotated[Path, typer.Option(help="What kvplan search wrote.")],
+    policy: Annotated[Path, typer.Option(help="A policy file.")],
     model: Annotated[
         str | None, typer.Option(help="A folder or a hub id.", show_default="the policy's, or the bundled one")
     ] = None,

@@ -32,7 +32,7 @@ class _Request:
 
 
 def command(
-    policy: Annotated[Path, typer.Option(help="What kvplan search wrote.")],
+    policy: Annotated[Path, typer.Option(help="A policy file.")],
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="A file with the prompt; - is standard input.", show_default=False)
