@@ -45,7 +45,9 @@ def test_the_main_job(workdir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert found.share <= 0.4
     assert rows.pop("full cache").scores.mean_kl < 1e-6
     for row in rows.values():
-        assert row.share == pytest.approx(found.share, abs=0.004)
+        # A codec that stores the whole prompt in fewer bytes holds less; all others hold the same.
+        fits_whole = row.name in ("uniform turboquant4", "uniform turboquant3", "uniform turboquant2")
+        assert row.share < 0.3 if fits_whole else row.share == pytest.approx(found.share, abs=0.004)
         assert found.scores.mean_kl < row.scores.mean_kl, row.name
 
 

@@ -110,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.print(table(rows, f"{len(rows[0].scores)} held-out prompts, KV cache at {TARGET} of full"))
     out.print(
         "score: answers exactly right. KL: nats from the full cache's next-token distribution. Last column: paired\n"
-        "difference with its 95% interval at equal bytes; above 0 means worse than the found policy. What does not fit\n"
-        f"under a codec is dropped by streaming; a codec that fits whole holds less. {seconds:.0f} s in all."
+        "difference with its 95% interval at equal bytes; above 0 means worse than the found policy. What does not\n"
+        f"fit under a codec is dropped by streaming; a codec that fits whole holds less. {seconds:.0f} s in all."
     )
     write_text(Path("table.md"), markdown(rows) + "\n")
 
