@@ -8,6 +8,7 @@ times are the thread's own CPU time per step, ratios are medians of the rounds w
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,20 @@ def measure(model: Any, case: Case, plans: Mapping[str, Policy], rounds: int, st
     cases = {name: lambda cache=cache: cache.seconds(steps) for name, cache in caches.items()}
     # A cache of a few tokens, made anew each round.
     cases[FLOOR] = lambda: decoding(model, Prompt.random(model, [1] * len(case.lengths)), None).seconds(steps)
-    return in_turn(cases, rounds)
+    times = in_turn(cases, rounds)
+    for name, cache in caches.items():
+        tell_faults(name, cache)
+    return times
+
+
+def tell_faults(name: str, cache: Decoding, steps: int = 8) -> None:
+    """Pages that a step touches first, and what the kernel takes for them: of `DynamicCache` they differ by process."""
+    before = resource.getrusage(resource.RUSAGE_THREAD)
+    cache.seconds(steps)
+    after = resource.getrusage(resource.RUSAGE_THREAD)
+    user, system = (1000 * (b - a) / steps for a, b in zip(before[:2], after[:2], strict=True))
+    faults = (after.ru_minflt - before.ru_minflt) / steps
+    print(f"{name:24}  {user:5.0f} ms user, {system:5.0f} ms kernel, {faults:8.0f} page faults a step", flush=True)
 
 
 def show(case: Case, times: Mapping[str, list[float]]) -> None:
