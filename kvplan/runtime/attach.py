@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from kvplan.errors import RuntimeLimitError
@@ -20,6 +22,7 @@ from kvplan.runtime.attention import register
 from kvplan.runtime.cache import Attached, PolicyCache
 
 _ATTACHED = "_kvplan_attached"
+CHUNKS_NEED = Version("5.23.0")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,11 @@ def _in_chunks(model: Any, policy: Policy) -> Iterator[None]:
     if config is None or not policy.chunked:
         yield
         return
+    if Version(transformers.__version__) < CHUNKS_NEED:
+        raise RuntimeLimitError(
+            f"prompts in chunks need transformers {CHUNKS_NEED} or newer, this is {transformers.__version__}: an older "
+            "generate() feeds the whole text again on a second turn; update it, or remove prefill from the policy"
+        )
     before = config.prefill_chunk_size
     config.prefill_chunk_size = policy.prefill_chunk_tokens
     try:

@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 import transformers as tf
+from packaging.version import Version
+
+from kvplan.runtime.attach import CHUNKS_NEED
+
+# Whether this transformers can read a prompt in chunks.
+CHUNKS = Version(tf.__version__) >= CHUNKS_NEED
 
 BASE = {
     "vocab_size": 96,

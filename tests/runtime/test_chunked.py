@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import model, prompts
+from families import CHUNKS, model, prompts
 
 import kvplan
 from kvplan.calibrate.prompts import Example
@@ -21,6 +21,7 @@ from kvplan.runtime.attach import attach, spec_of
 from kvplan.runtime.generation import generate
 from kvplan.runtime.replay import positions_of, prefill
 
+pytestmark = pytest.mark.skipif(not CHUNKS, reason="this transformers is refused: see test_refusals.py")
 NAMES = [name for name in evictors.names() if name != "corm"]
 CHUNK = 8
 

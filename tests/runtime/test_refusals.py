@@ -92,3 +92,13 @@ def test_two_caches_take_turns(llama) -> None:
         d = llama(**step, past_key_values=second).logits
     assert torch.equal(a, b)
     assert torch.equal(c, d)
+
+
+def test_chunks_are_refused_where_a_second_turn_would_go_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model("llama")
+    monkeypatch.setattr("kvplan.runtime.attach.transformers.__version__", "5.17.0")
+    policy = Policy(layers=(LayerPolicy(),) * 4, prefill_chunk_tokens=8)
+    with pytest.raises(RuntimeLimitError, match=r"need transformers 5\.23\.0 or newer, this is 5\.17\.0"):
+        with kvplan.attach(made, policy):
+            pass
+    assert made.config._attn_implementation == "sdpa"
