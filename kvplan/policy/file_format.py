@@ -214,9 +214,15 @@ _SOME_SLOTS: list[dict[str, Any]] = [{"type": "integer", "minimum": 1}, _Percent
 _SLOTS_PER_HEAD = {"type": "array", "items": {"anyOf": _SOME_SLOTS}, "minItems": 2}
 
 
-def _is(registry: Registry[Any]) -> Any:
-    """The type of a field that names a method of one kind."""
-    return Annotated[Any, PlainValidator(functools.partial(_method, registry)), WithJsonSchema({})]
+def _names(registry: Registry[Any]) -> PlainValidator:
+    """Builds the method of one kind that a field names."""
+    return PlainValidator(functools.partial(_method, registry))
+
+
+_Evictor = Annotated[Any, _names(evictors), WithJsonSchema({})]
+_HeadSplit = Annotated[Any, _names(head_splits), WithJsonSchema({})]
+_Merger = Annotated[Any, _names(mergers), WithJsonSchema({})]
+_Channels = Annotated[Any, _names(channel_selectors), WithJsonSchema({})]
 
 
 class ModelBlock(BaseModel):
@@ -301,18 +307,12 @@ class LayerBlock(BaseModel):
         default=_ABSENT, description="Last tokens that are never evicted, the current one included."
     )
     min_slots: _FromOne = Field(default=_ABSENT, description="Floor of a percentage, in tokens.")
-    evictor: _is(evictors) = Field(  # type: ignore[valid-type]
-        default=_ABSENT, description="Which tokens stay: a name, or a name with parameters."
-    )
-    head_split: _is(head_splits) = Field(  # type: ignore[valid-type]
+    evictor: _Evictor = Field(default=_ABSENT, description="Which tokens stay: a name, or a name with parameters.")
+    head_split: _HeadSplit = Field(
         default=_ABSENT, description="How slots are divided among the KV heads at the end of the prompt."
     )
-    merger: _is(mergers) = Field(  # type: ignore[valid-type]
-        default=_ABSENT, description="What evicted tokens leave behind."
-    )
-    channels: _is(channel_selectors) = Field(  # type: ignore[valid-type]
-        default=_ABSENT, description="Which key channels are stored; all by default."
-    )
+    merger: _Merger = Field(default=_ABSENT, description="What evicted tokens leave behind.")
+    channels: _Channels = Field(default=_ABSENT, description="Which key channels are stored; all by default.")
     codec: Annotated[Any, PlainValidator(_codec), WithJsonSchema({})] = Field(
         default=_ABSENT, description="How slots are stored: a codec for both, or {keys: ..., values: ...}."
     )
