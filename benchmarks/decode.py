@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def compare_ragged(model: Any, plans: Mapping[str, Policy], rounds: int, steps: 
     for name, policy in plans.items():
         uneven = decoding(model, Prompt.random(model, CASES["ragged"].lengths), policy)
         even = decoding(model, Prompt.random(model, CASES["8x2k"].lengths), policy)
-        times = in_turn({"ragged": lambda: uneven.seconds(steps), "uniform": lambda: even.seconds(steps)}, rounds)  # noqa: B023
+        times = in_turn({"ragged": partial(uneven.seconds, steps), "uniform": partial(even.seconds, steps)}, rounds)
         print(f"{name:24}  {ratio(times['ragged'], times['uniform']).text(3)}", flush=True)
 
 

@@ -191,9 +191,13 @@ def timed(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device)
 
     On a GPU all runs are captured in one graph: what is timed is the device, not the launches.
     """
-    for run in runs:
-        run()
-    go: Callable[[], Any] = lambda: [run() for run in runs]  # noqa: E731
+    outputs: list[Any] = []  # must outlive the graph
+
+    def run_all() -> None:
+        outputs[:] = [run() for run in runs]
+
+    run_all()
+    go: Callable[[], Any] = run_all
     if device.type == "cuda":
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -202,7 +206,7 @@ def timed(runs: Sequence[Callable[[], Any]], repeats: int, device: torch.device)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = go()  # noqa: F841 -- outputs must outlive the graph
+            go()
         go = graph.replay
     go()
     marks = Marks(device)

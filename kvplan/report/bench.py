@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvplan.check.bench import Measured
+from kvplan.report.tables import number_table
 from kvplan.units import format_bytes
 
 HEADERS = ("cache", "tokens/s", "x full", "KV held", "of full")
@@ -22,9 +22,4 @@ def cells(row: Measured) -> tuple[str, ...]:
 
 def table(rows: Sequence[Measured], title: str) -> Table:
     """Fits a terminal of 80 columns."""
-    made = Table(title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
-    for index, header in enumerate(HEADERS):
-        made.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        made.add_row(*cells(row))
-    return made
+    return number_table(HEADERS, map(cells, rows), title)

@@ -181,7 +181,7 @@ CODECS = {
 }
 
 
-def follow(
+def assert_follows(
     made: StagedLayer, oracle: Lists, q: Tensor, k: Tensor, v: Tensor, prompt: int, steps: int, kept: Any = None
 ) -> None:
     assert_stores(made, oracle, kept or (lambda x, head: x))
@@ -208,7 +208,7 @@ def test_kivi_agrees_with_lists_of_tokens(name: str, slots: int | None, prompt: 
         name, slots, q[0], k[0], v[0], prompt, unit=UNIT, keys=through(keys.for_keys()),
         values=through(values.for_values()),
     )  # fmt: skip
-    follow(made, oracle, q, k, v, prompt, 3 * RING)
+    assert_follows(made, oracle, q, k, v, prompt, 3 * RING)
 
 
 @pytest.mark.parametrize(("name", "codec"), [
@@ -224,7 +224,7 @@ def test_keys_and_values_of_different_codecs(name: str, codec: str) -> None:
     oracle = Lists(
         name, 18, q[0], k[0], v[0], 30, unit=unit, keys=through(keys.for_keys()), values=through(values.for_values())
     )
-    follow(made, oracle, q, k, v, 30, 26)
+    assert_follows(made, oracle, q, k, v, 30, 26)
 
 
 def test_sinks_and_recent_tokens_are_never_evicted() -> None:
@@ -317,7 +317,7 @@ def test_think_agrees_with_lists_of_tokens(name: str, codec: Any, prompt: int) -
         return widened(codec.decode(codec.encode(x[:, channels[head]]), 5, x.dtype), head)
 
     oracle = Lists(name, 14, q[0], k[0], v[0], prompt, unit=1, keys=pruned, values=through(codec))
-    follow(made, oracle, q, k, v, prompt, 3 * RING, kept=widened)
+    assert_follows(made, oracle, q, k, v, prompt, 3 * RING, kept=widened)
 
 
 @pytest.mark.parametrize("name", ["streaming", "sliding", "snapkv", "knorm", "h2o", "tova"])

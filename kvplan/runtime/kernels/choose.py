@@ -6,6 +6,7 @@ are imported when first needed, never with kvplan.
 
 from __future__ import annotations
 
+import importlib
 import os
 from functools import cache
 
@@ -39,7 +40,7 @@ def setting() -> str:
 @cache
 def _triton_imports() -> bool:
     try:
-        import triton  # noqa: F401
+        importlib.import_module("triton")
     except ImportError:
         return False
     return True
