@@ -246,8 +246,7 @@ def policy_page() -> str:
         "Editors that speak YAML's language server complete and check a policy with its JSON Schema. Write that beside "
         "your policies:",
         f"```sh\nkvplan policy schema > {SCHEMA_FILE}\n```",
-        "Policies that kvplan writes there from then on begin with the line that points to it; in the others, write it "
-        f"yourself: `# yaml-language-server: $schema=./{SCHEMA_FILE}`.",
+        "The first line of a policy that kvplan writes points to it.",
         "YAML 1.2 scalars. Duplicate keys, tags, anchors and aliases are refused, and so is every unknown key.",
         "## Top level",
         fields(schema, "top", (Policy,), schema),

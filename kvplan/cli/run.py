@@ -271,10 +271,10 @@ def _emit(
             answer = expected_answer(request.record)
             if answer is not None:
                 found["answer"] = answer
-        found.update(_row_data(row))
+        found.update(row.to_json())
         if full is not None:
             place = first_difference(row, full[i])
-            found.update(full=_row_data(full[i]), same_text=row.text == full[i].text, first_difference=place)
+            found.update(full=full[i].to_json(), same_text=row.text == full[i].text, first_difference=place)
         objects.append(found)
     if output is not None:
         lines = [json.dumps(found, ensure_ascii=False, allow_nan=False) for found in objects]
@@ -285,13 +285,6 @@ def _emit(
     elif output is None and not printed:
         for request, row in zip(requests, mine, strict=True):
             typer.echo(f"== {request.record.id}\n{row.text}" if named else row.text)
-
-
-def _row_data(row: Generated) -> dict[str, Any]:
-    """A row for --json. Every number in it is the row's own, except where the name says batch."""
-    data = row.to_json()
-    data["batch_peak_kv_bytes"] = data.pop("peak_kv_bytes")
-    return data
 
 
 def _talk(policy: Policy, mine: Sequence[Generated], full: Sequence[Generated] | None) -> None:

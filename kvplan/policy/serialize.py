@@ -52,6 +52,10 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
     parsed = _check_shape(document)
     blocks = _layer_blocks(document)
     layers, owners = _expand(document, blocks)
+    if parsed is not None and parsed.prefill is not None:
+        chunked = Policy(layers=tuple(layers.values()), prefill_chunk_tokens=parsed.prefill.chunk_tokens)
+        for name, told in dict.fromkeys((name, told) for _, name, told in chunk_problems(chunked)):
+            document.report(("prefill",), f"{name}: {told}")
     document.raise_problems()
     assert parsed is not None
     policy = Policy(
@@ -61,9 +65,6 @@ def parse_policy(text: str, name: str = "policy") -> Policy:
         prefill_chunk_tokens=None if parsed.prefill is None else parsed.prefill.chunk_tokens,
         provenance=parsed.provenance,
     )
-    for _, name, told in dict.fromkeys(chunk_problems(policy)):
-        document.report(("prefill",), f"{name}: {told}")
-    document.raise_problems()
     if all(isinstance(policy.model.get(name), kind) for name, kind in _DESCRIBED.items()):
         windows = stated_windows(policy.model)
         for index, name, told in fit_problems(policy, stated_spec(policy)):
@@ -172,7 +173,7 @@ def _named(indices: list[int]) -> str:
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write a policy file, whole or not at all; it points editors to the schema where that lies beside it.
+    """Write a policy file, whole or not at all.
 
     Raises:
         PolicyError: the policy could not be read back.
@@ -180,8 +181,6 @@ def save_policy(policy: Policy, path: str | Path) -> None:
     """
     text = dump_policy(policy)
     parse_policy(text, str(path))
-    if (Path(path).parent / SCHEMA_FILE).is_file():
-        text = f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n{text}"
     write_text(Path(path), text)
 
 
@@ -191,7 +190,7 @@ def dump_policy(policy: Policy) -> str:
     Raises:
         PolicyError: `model` or `provenance` holds something that is not plain data.
     """
-    lines = [f"kvplan: {FORMAT_VERSION}"]
+    lines = [f"# yaml-language-server: $schema=./{SCHEMA_FILE}", f"kvplan: {FORMAT_VERSION}"]
     if policy.model:
         lines.append(f"model: {_flow(_plain(policy.model, 'model'))}")
     if policy.target is not None:

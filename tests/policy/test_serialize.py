@@ -144,6 +144,7 @@ def test_equal_layers_become_one_readable_entry():
         layers=(*(LayerPolicy(),) * 4, window, LayerPolicy(shares=4), window, window), target=Target(share=4000)
     )
     assert dump_policy(policy).splitlines() == [
+        f"# yaml-language-server: $schema=./{SCHEMA_FILE}",
         "kvplan: 1",
         "target: {share: 40%}",
         "layers:",
@@ -167,14 +168,9 @@ def test_save_then_load(tmp_path):
     assert load_policy(tmp_path / "p.yaml") == policy
 
 
-def test_a_file_points_to_the_schema_only_where_it_lies_beside_it(tmp_path):
-    policy, path = Policy(layers=(LayerPolicy(),)), tmp_path / "p.yaml"
-    save_policy(policy, path)
-    assert path.read_text().startswith("kvplan: 1\n")
-    (tmp_path / SCHEMA_FILE).write_text("{}")
-    save_policy(policy, path)
-    assert path.read_text() == f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n{dump_policy(policy)}"
-    assert load_policy(path) == policy
+def test_rules_of_chunks_are_told_with_all_others():
+    text = "kvplan: 1\nprefill: {chunk_tokens: 128}\nlayers:\n  0: {slots: 64, codec: kivi}\n"
+    assert [line.split(": ")[1] for line in problems(text)] == ["prefill", "layers.0.slots"]
 
 
 def test_what_could_not_be_read_is_not_written(tmp_path):
