@@ -284,7 +284,9 @@ def _emit(
             typer.echo(json.dumps(found, allow_nan=False))
     elif output is None and not printed:
         for request, row in zip(requests, mine, strict=True):
-            typer.echo(f"== {request.record.id}\n{row.text}" if named else row.text)
+            if named:
+                typer.echo(f"== {request.record.id}", err=True)
+            typer.echo(row.text)
 
 
 def _talk(policy: Policy, mine: Sequence[Generated], full: Sequence[Generated] | None) -> None:
