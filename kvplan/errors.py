@@ -8,6 +8,7 @@ KVPlanError (2: usage or configuration)
 ├── TargetError      a memory target cannot be met
 ├── ProfileError     a profile cannot be read or merged, or belongs to something else
 ├── StudyError       a study cannot be created or resumed
+├── ResultsError     a results file cannot be read, or two of them cannot be compared
 └── RuntimeLimitError  the runtime was asked for something that it cannot do correctly
 MemoryPlanExceeded (1)   measured bytes above the plan: a finding, not a usage error
 """
@@ -51,6 +52,10 @@ class ProfileError(KVPlanError):
 
 class StudyError(KVPlanError):
     """A study cannot be created or resumed."""
+
+
+class ResultsError(KVPlanError):
+    """A results file cannot be read, or cannot be compared with another."""
 
 
 class RuntimeLimitError(KVPlanError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,29 @@ class PromptScores:
 def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Interval:
     """Percentile bootstrap of the mean over prompts. For a paired comparison pass the differences."""
     data = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(1)
+    means = data[_draws(len(data), seed, resamples)].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(data.mean()), float(low), float(high))
+
+
+def bootstrap_ratio(
+    above: Sequence[float], below: Sequence[float], *, seed: int = 0, resamples: int = 2000
+) -> Interval | None:
+    """Percentile bootstrap of mean(above) / mean(below) over prompts, paired: both are drawn together.
+
+    Returns:
+        None when `below` is 0 throughout. Draws in which it is 0 have no ratio and are left out.
+    """
+    upper, lower = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    if not lower.any():
+        return None
+    drawn = _draws(len(lower), seed, resamples)
+    tops, bottoms = upper[drawn].mean(1), lower[drawn].mean(1)
+    ratios = tops[bottoms > 0] / bottoms[bottoms > 0]
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Interval(float(upper.mean() / lower.mean()), float(low), float(high))
+
+
+def _draws(size: int, seed: int, resamples: int) -> Any:
+    """[resamples, size] int64: which prompts each resample holds."""
+    return np.random.default_rng(seed).integers(0, size, (resamples, size))
