@@ -91,7 +91,7 @@ class Profile:
 
     @property
     def codec_sensitivity(self) -> dict[str, list[float]]:
-        """codec label -> mean KL in nats per layer stored by it alone; {} when not measured."""
+        """Codecs of keys/values (`int8/dense`) -> mean KL in nats per layer stored so alone; {} if not measured."""
         codecs = self.sensitivity_sums.codecs if self.sensitivity_sums else {}
         return {label: moments.mean.tolist() for label, moments in codecs.items()}
 

@@ -19,8 +19,8 @@ from pydantic import (
     ValidationError,
 )
 
+from kvplan.calibrate.precision import Precision
 from kvplan.calibrate.profile import Profile
-from kvplan.calibrate.sensitivity import CODECS
 from kvplan.calibrate.statistics import (
     MOMENT_NAMES,
     SHARING_TOKENS,
@@ -30,7 +30,7 @@ from kvplan.calibrate.statistics import (
     Statistics,
     moment_shape,
 )
-from kvplan.errors import ProfileError
+from kvplan.errors import MethodError, ProfileError
 from kvplan.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
 
 
@@ -130,8 +130,10 @@ class _Sensitivity(_Model):
         codecs = {}
         for label, packed in self.codecs.items():
             where = f"sensitivity.codecs.{label}"
-            if label not in CODECS:
-                raise ProfileError(f"{where}: unknown codec (known: {', '.join(CODECS)})")
+            try:
+                Precision.parse(label)
+            except MethodError as error:
+                raise ProfileError(f"{where}: {error}") from error
             if packed.count not in counts:
                 raise ProfileError(f"{where}: not measured on the prompts of the evictors")
             codecs[label] = packed.unpack((num_layers,), packed.count, where)

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
+from kvplan.calibrate.precision import MEASURED, Precision, storable
 from kvplan.calibrate.prompts import Example
 from kvplan.calibrate.statistics import Moments, SensitivitySums
-from kvplan.errors import MethodError, ProfileError
-from kvplan.methods.codecs import Codec
-from kvplan.methods.codecs.int8 import Int8
-from kvplan.methods.codecs.turboquant import TurboQuant
+from kvplan.errors import ProfileError
 from kvplan.methods.evictors import evictors as registry
-from kvplan.model_spec import DTYPE_BYTES, ModelSpec
+from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Slots
 from kvplan.stats import PromptScores
 from kvplan.units import BASIS_POINTS
 
 EVICTORS = ("snapkv", "knorm", "h2o", "tova", "streaming")
 SHARES = (1000, 2500, 5000)  # basis points of the prompt that the cut layer keeps
-# Codecs whose slots stand alone, by the label that profiles and searches use.
-CODECS: Mapping[str, Codec] = {
-    "int8": Int8(),
-    "turboquant4": TurboQuant(bits=4),
-    "turboquant3": TurboQuant(bits=3),
-    "turboquant2": TurboQuant(bits=2),
-}
-
 Score = Callable[[Policy, list[int]], PromptScores]
 
 
@@ -41,13 +30,13 @@ def measure(
     *,
     evictors: Sequence[str] = EVICTORS,
     shares: Sequence[int] = SHARES,
-    codecs: Mapping[str, Codec] = CODECS,
+    precisions: Sequence[Precision] = MEASURED,
     min_slots: int = 24,
     sink_tokens: int = 4,
     recent_tokens: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> SensitivitySums:
-    """Cut each layer alone, by each evictor, to each share; then store it alone, whole, by each codec.
+    """Cut each layer alone, by each evictor, to each share; then store it alone, whole, at each precision.
 
     Layers with a window of their own cannot be cut and count 0.
 
@@ -55,7 +44,7 @@ def measure(
         score: Scores of the given prompts under a policy; the prompts were prefilled once, so a call is a replay.
         num_prompts: Prompts 0 to `num_prompts` - 1 are used.
         shares: In basis points.
-        codecs: By label; those that cannot store this model's heads are left out.
+        precisions: Codecs of keys and values; those that cannot store this model's heads are left out.
         progress: Called with (replays done, replays in all).
 
     Raises:
@@ -68,10 +57,10 @@ def measure(
         raise ProfileError(f"{bad[0]} basis points is not a share; it must be above 0 and at most {BASIS_POINTS}")
     methods = {name: registry[name]() for name in evictors}
     prompts = list(range(num_prompts))
-    usable = {label: codec for label, codec in codecs.items() if stores(codec, spec)}
+    usable = [precision for precision in precisions if storable(precision, spec)]
     layers = [i for i, layer in enumerate(spec.layers) if layer.window is None]
     done, start = 0, time.perf_counter()
-    total = num_replays(spec, len(methods) * len(shares), codecs)
+    total = num_replays(spec, len(methods) * len(shares), precisions)
     block = spec.policy_block()
     full = LayerPolicy()
 
@@ -101,7 +90,7 @@ def measure(
                 evictor=evictor,
             )
             moments[name][share] = one_layer(cut, name)
-    rounded = {label: one_layer(LayerPolicy(key_codec=c, value_codec=c), label) for label, c in usable.items()}
+    rounded = {str(p): one_layer(LayerPolicy(key_codec=p.key_codec, value_codec=p.value_codec), str(p)) for p in usable}
     settings = {
         "evictors": list(methods),
         "shares": list(shares),
@@ -112,23 +101,11 @@ def measure(
     return SensitivitySums(moments, settings, time.perf_counter() - start, rounded)
 
 
-def stores(codec: Codec, spec: ModelSpec) -> bool:
-    """Whether a codec can store keys and values of every layer, and in fewer bytes."""
-    wide = DTYPE_BYTES[spec.dtype]
-    dtype = getattr(torch, spec.dtype)
-    try:
-        return all(
-            codec.unit_bytes(dim, dtype) < dim * wide
-            for layer in spec.layers
-            for dim in (layer.key_dim, layer.value_dim)
-        )
-    except MethodError:
-        return False
-
-
-def num_replays(spec: ModelSpec, cuts: int = len(EVICTORS) * len(SHARES), codecs: Mapping[str, Codec] = CODECS) -> int:
+def num_replays(
+    spec: ModelSpec, cuts: int = len(EVICTORS) * len(SHARES), precisions: Sequence[Precision] = MEASURED
+) -> int:
     """How many replays `measure` makes with that many pairs of an evictor and a share."""
-    usable = sum(stores(codec, spec) for codec in codecs.values())
+    usable = sum(storable(precision, spec) for precision in precisions)
     return (cuts + usable) * sum(layer.window is None for layer in spec.layers)
 
 

@@ -130,7 +130,7 @@ class SensitivitySums:
         moments: evictor -> basis points of the prompt kept -> [L] moments over prompts; 0 at layers that cannot be cut.
         settings: What must be equal for two of them to be merged.
         seconds: How long it took.
-        codecs: codec label -> [L] moments of the KL when one layer alone is stored by it, whole.
+        codecs: Codecs of keys/values (`int8/dense`) -> [L] moments of the KL when one layer alone is stored so.
     """
 
     moments: Mapping[str, Mapping[int, Moments]]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvplan.calibrate.precision import CODECS, Precision, storable
 from kvplan.calibrate.profile import Profile
 from kvplan.calibrate.prompts import load_examples, read_records
 from kvplan.check.comparison import Row, compare
@@ -79,8 +80,9 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
         for name in budgeted
     }
     policies |= {
-        f"uniform {codec}": recipe(profile, share, "uniform", joined("streaming", codec))
-        for codec in profile.codec_sensitivity
+        f"uniform {codec}": recipe(profile, share, "uniform", joined("streaming", both))
+        for codec in CODECS
+        if storable(both := Precision(codec, codec), spec)
     }
     with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))

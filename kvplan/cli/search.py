@@ -54,6 +54,33 @@ def command(
             help="A codec to choose from beside plain slots; may be repeated. dense: none.", show_default="all measured"
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Decide only these, by commas: budget, evictor, codec, sharing, heads, channels, params.",
+            show_default="as many as the trials can explore",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="Leave these decisions out, by commas.", show_default=False)
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that are decided together: 0-3/4-7, or how many groups of alike sensitivity, like 3.",
+            show_default="from the profile",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="kl, task (share of answers that are wrong) or mixed (their sum).")
+    ] = "kl",
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A task's smallest share of right answers, like fact=0.95; may be repeated.", show_default=False
+        ),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="auto, gp, tpe or random.")] = "auto",
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
     recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
     min_slots: Annotated[int, typer.Option(min=1, help="Fewest slots of a layer.")] = 64,
@@ -71,14 +98,23 @@ def command(
 
     from kvplan.calibrate.profile import Profile
     from kvplan.search.budget import Protection
-    from kvplan.search.compile import Compiler, budget_for
+    from kvplan.search.compile import budget_for
+    from kvplan.search.decisions import decisions, names
+    from kvplan.search.layer_groups import parse_groups
+    from kvplan.search.objective import Judge, Objective, parse_floors
+    from kvplan.search.samplers import check_name
+    from kvplan.search.space import space_for
 
+    check_name(sampler)
+    goal = Objective(objective, parse_floors(floor or []))
+    chosen = decisions(trials, names(only), names(without))
     measured = Profile.load(profile)
     protection = Protection(sink_tokens=sink_tokens, recent_tokens=recent_tokens, min_slots=min_slots)
     evictors = evictor or []
     # Says at once what cannot be, before the model is loaded.
     planned = budget_for(measured, measured.spec, target, protection)
-    Compiler(measured, planned, evictors, codecs=codec)
+    together = parse_groups(groups, planned.layers)
+    space_for(measured, planned, chosen, evictors, together, codec)
 
     import json
 
@@ -114,7 +150,10 @@ def command(
     examples = [example for example in examples if example.continuation_ids]
     if len(examples) < 3:
         raise DataError(f"{len(examples)} prompts have a continuation; a search needs at least 3")
-    search_prompts, confirm_prompts = hold_out([example.task for example in examples])
+    tasks = [example.task for example in examples]
+    search_prompts, confirm_prompts = hold_out(tasks)
+    for part in (search_prompts, confirm_prompts):
+        goal.check([tasks[i] for i in part], [bool(examples[i].answers) for i in part])
     scorer = Scorer(network, spec, examples)
     fingerprint = data_fingerprint(examples)
     journal = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
@@ -155,6 +194,10 @@ def command(
                 prepare=prepare,
                 evictors=evictors,
                 codecs=codec,
+                groups=together,
+                decisions=chosen,
+                judge=Judge(goal, tasks),
+                sampler=sampler,
                 protection=protection,
                 identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
                 provenance={

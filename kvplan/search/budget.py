@@ -100,6 +100,12 @@ class Budget:
         """Bytes of one unit: keys, values and what the evictor keeps beside them."""
         return method.slot_bytes(self.spec.layers[layer], self.spec.dtype, full=False)
 
+    def fixed(self, layer: int, method: Method) -> int:
+        """What the layer costs beside its units, in the currency of `total`."""
+        spec, dtype = self.spec.layers[layer], self.spec.dtype
+        beside = max(method.fixed_bytes(spec, dtype, full) for full in (False, True))
+        return beside if self.target.share is None else -(-beside * BASIS_POINTS // self.context_tokens)
+
     def cap(self, layer: int, method: Method) -> int:
         """Units from which on the layer is `full`: it then keeps no side arrays, so it costs no more."""
         full = method.slot_bytes(self.spec.layers[layer], self.spec.dtype, full=True)
@@ -121,8 +127,8 @@ class Budget:
         Raises:
             TargetError: with some method the smallest policy costs more; names the smallest target that works.
         """
-        dearest = max(methods, key=lambda e: sum(self.cost(i, e) * self.floor(i, e) for i in self.layers))
-        least = sum(self.cost(i, dearest) * self.floor(i, dearest) for i in self.layers)
+        dearest = max(methods, key=self._least)
+        least = self._least(dearest)
         if least <= self.total:
             return
         if self.target.share is None:
@@ -146,6 +152,10 @@ class Budget:
             f"({self.protection.min_slots} slots in each of {len(self.layers)} layers with {dearest.name}, "
             f"at {self.context_tokens} prompt tokens{rows}); {remedy}"
         )
+
+    def _least(self, method: Method) -> int:
+        """What the smallest policy of that method costs."""
+        return sum(self.cost(i, method) * self.floor(i, method) + self.fixed(i, method) for i in self.layers)
 
     def _window_bytes(self) -> int:
         return sum(

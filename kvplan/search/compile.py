@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvplan.calibrate.groups import layer_groups
-from kvplan.errors import ProfileError
+from kvplan.calibrate.precision import DENSE, WHOLE, Precision
+from kvplan.errors import MethodError, ProfileError
+from kvplan.methods.channels.think import ThinK
+from kvplan.methods.evictors.streaming import Streaming
+from kvplan.methods.head_splits.adakv import AdaKV
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.allocators import allocators, knapsack
 from kvplan.search.budget import Budget, Protection
+from kvplan.search.layer_groups import Groups, natural_groups
 from kvplan.search.method import Method, joined, named
 from kvplan.search.project import project
 from kvplan.search.sharing import rankers, sharing_map
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
 
 KNAPSACK = "knapsack"
 PROFILE = "profile"
-DENSE = "dense"  # slots as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +39,18 @@ class Params:
         evictors: Method per layer group: an evictor (`snapkv`), one with a codec (`snapkv+int8`), or `profile`: what
             the knapsack picks for each layer.
         shared_layers: How many layers read another layer's cache.
+        split_heads: Whether slots go to the KV heads that need them, where the layer's method can do that.
+        dropped_channels: Share of the key channels that is not stored, 0 to 1, likewise.
+        tuned: (evictor, parameter, value) of each parameter that is not at its default.
     """
 
     split: str
     scales: tuple[float, ...]
     evictors: tuple[str, ...]
     shared_layers: int = 0
+    split_heads: bool = False
+    dropped_channels: float = 0.0
+    tuned: tuple[tuple[str, str, Any], ...] = ()
 
 
 class Compiler:
@@ -51,9 +60,10 @@ class Compiler:
         profile: Importance, sensitivity and pair distances of the layers.
         budget: The target.
         names: Evictors to choose from; all of the profile's when empty.
-        groups: Layers that are decided together; by default those of alike sensitivity, the least sensitive first.
+        groups: Layers that are decided together, or how many groups of alike sensitivity, the least sensitive first.
         ranker: Name of the ranker of layer pairs.
-        codecs: Labels of codecs to choose from beside storing slots as they are; None: all of the profile's.
+        codecs: What to choose from beside storing slots as they are: `int8` for keys, values or both,
+            `int8/turboquant2` for just that pair; None: all of the profile's.
 
     Raises:
         ProfileError: the profile holds no sensitivity for a name or a codec.
@@ -65,7 +75,7 @@ class Compiler:
         profile: Profile,
         budget: Budget,
         names: Sequence[str] = (),
-        groups: Sequence[Sequence[int]] | None = None,
+        groups: Groups = None,
         ranker: str = "kvsharer",
         codecs: Sequence[str] | None = None,
     ) -> None:
@@ -79,19 +89,25 @@ class Compiler:
                 f"the profile holds no sensitivity for {', '.join(missing)}; calibrate with it, or choose among: "
                 f"{', '.join(sorted(self._curves))}"
             )
-        self.codecs = _measured_codecs(profile, codecs)
+        rounding = _rounding(profile, codecs)
         self.methods = {name: named(name) for name in self.names}
         # A codec rounds whatever stays, so its damage comes on top of what is lost.
-        for codec, rounding in self.codecs.items():
-            for name in list(self.names):
-                both = joined(name, codec)
-                curve = {s: [a + b for a, b in zip(kl, rounding, strict=True)] for s, kl in self._curves[name].items()}
-                self._curves[both] = {**curve, BASIS_POINTS: rounding}
+        for precision, damage in rounding.items():
+            for name in self.names:
+                both = joined(name, precision)
+                if not all(named(both).runs(budget.spec.layers[i], budget.spec.dtype) for i in budget.layers):
+                    continue
+                curve = {s: [a + b for a, b in zip(kl, damage, strict=True)] for s, kl in self._curves[name].items()}
+                self._curves[both] = {**curve, BASIS_POINTS: damage}
                 self.methods[both] = named(both)
         budget.check(self.methods[name] for name in self.names)
         self.budget = budget
+        self.precisions = _undominated(rounding, budget)
         self._importance = profile.importance
-        self.groups = [list(g) for g in groups] if groups is not None else self._natural_groups()
+        if groups is None or isinstance(groups, int):
+            curves = [self._curves[name] for name in self.names]
+            groups = natural_groups(curves, budget.layers, self.mean_share * BASIS_POINTS, groups)
+        self.groups = [list(group) for group in groups]
         self._group_of = {layer: g for g, members in enumerate(self.groups) for layer in members}
         self._ranked = rankers[ranker]().rank(_pair_distances(profile))
         self._solved: dict[int, dict[int, knapsack.Choice]] = {}
@@ -115,7 +131,7 @@ class Compiler:
         source_of = sharing_map(self._ranked, spec, params.shared_layers)
         owners = [i for i in budget.layers if i not in source_of]
         names = [self._evictor_name(params, i, owners) for i in owners]
-        chosen = [self.methods[name] for name in names]
+        chosen = [self._method(i, name, params) for i, name in zip(owners, names, strict=True)]
         cost = [budget.cost(i, e) for i, e in zip(owners, chosen, strict=True)]
         plain = sum(spec.token_bytes(i) for i in owners) * budget.whole
         if params.split == KNAPSACK:
@@ -126,7 +142,8 @@ class Compiler:
         raw = [b * params.scales[self._group_of[i]] for b, i in zip(base, owners, strict=True)]
         floor = [budget.floor(i, e) for i, e in zip(owners, chosen, strict=True)]
         cap = [budget.cap(i, e) for i, e in zip(owners, chosen, strict=True)]
-        units = project(raw, cost, budget.total, floor, cap)
+        fixed = sum(budget.fixed(i, e) for i, e in zip(owners, chosen, strict=True))
+        units = project(raw, cost, budget.total - fixed, floor, cap)
         plans = {i: self._layer(i, u, e) for i, u, e in zip(owners, units, chosen, strict=True)}
         plans |= {i: LayerPolicy(shares=source) for i, source in source_of.items()}
         return Policy(
@@ -136,14 +153,6 @@ class Compiler:
             provenance=dict(provenance or {}),
         )
 
-    def _natural_groups(self) -> list[list[int]]:
-        """Clusters of log KL at the mean share, each layer with the evictor that suits it best."""
-        share, layers = self.mean_share * BASIS_POINTS, self.budget.layers
-        curves = [self._curves[name] for name in self.names]
-        damage = [min(knapsack.kl_at({s: v[i] for s, v in c.items()}, share) for c in curves) for i in layers]
-        groups = layer_groups([math.log(max(kl, knapsack.NO_KL)) for kl in damage])
-        return [[layers[i] for i in group] for group in groups]
-
     def _layer(self, layer: int, units: int, method: Method) -> LayerPolicy:
         keep = self.budget.protection
         return method.layer(
@@ -152,6 +161,14 @@ class Compiler:
             recent_tokens=keep.recent_tokens,
             min_slots=keep.min_slots,
         )
+
+    def _method(self, layer: int, name: str, params: Params) -> Method:
+        method = self.methods[name]
+        tuned = {field: value for evictor, field, value in params.tuned if evictor == method.evictor.name}
+        channels = ThinK(drop=params.dropped_channels) if params.dropped_channels else None
+        spec = self.budget.spec
+        heads = AdaKV() if params.split_heads else None
+        return method.tuned(tuned).with_legal(spec.layers[layer], spec.dtype, heads, channels)
 
     def _evictor_name(self, params: Params, layer: int, owners: list[int]) -> str:
         name = params.evictors[self._group_of[layer]]
@@ -172,16 +189,50 @@ def budget_for(profile: Profile, spec: ModelSpec, target: Target, protection: Pr
     return Budget(spec=spec, target=target, context_tokens=context, protection=protection)
 
 
-def _measured_codecs(profile: Profile, wanted: Sequence[str] | None) -> dict[str, list[float]]:
-    """Codec label -> KL of each layer."""
-    known = profile.codec_sensitivity
-    labels = list(known) if wanted is None else [label for label in wanted if label != DENSE]
-    if missing := [label for label in labels if label not in known]:
+def _rounding(profile: Profile, wanted: Sequence[str] | None) -> dict[Precision, list[float]]:
+    """KL of each layer at every precision that can be told from the profile, and that is wanted; not of `WHOLE`.
+
+    What was measured for keys and for values alone is added up for both.
+    """
+    measured = {Precision.parse(label): kl for label, kl in profile.codec_sensitivity.items()}
+    nothing = [0.0] * profile.spec.num_layers
+    keys = {DENSE: nothing} | {p.keys: kl for p, kl in measured.items() if p.values == DENSE}
+    values = {DENSE: nothing} | {p.values: kl for p, kl in measured.items() if p.keys == DENSE}
+    known = {
+        Precision(k, v): [a + b for a, b in zip(keys[k], values[v], strict=True)] for k in keys for v in values
+    } | measured
+    known.pop(WHOLE, None)
+    if wanted is None:
+        return known
+    labels = {label for label in wanted if "/" not in label} | {DENSE}
+    pairs = [p for p in known if {p.keys, p.values} <= labels]
+    try:
+        exact = [Precision.parse(text) for text in wanted]
+    except MethodError as error:
+        raise ProfileError(f"--codec: {error}") from error
+    if missing := [p for p in exact if p != WHOLE and p not in known]:
+        have = sorted({str(p) for p in known if p.keys == p.values})
         raise ProfileError(
-            f"the profile holds no sensitivity for the codec {', '.join(missing)}; calibrate again, or choose among: "
-            f"{', '.join([DENSE, *known])}"
+            f"the profile holds no sensitivity for the codec {', '.join(map(str, missing))}; calibrate again, or "
+            f"choose among: {', '.join([DENSE, *have])}"
         )
-    return {label: known[label] for label in labels}
+    return {p: known[p] for p in dict.fromkeys([*pairs, *exact]) if p != WHOLE}
+
+
+def _undominated(rounding: Mapping[Precision, Sequence[float]], budget: Budget) -> list[Precision]:
+    """Without those that another precision beats in bytes and in damage, summed over the layers."""
+
+    def cost(precision: Precision) -> int:
+        method = Method(Streaming(), precision)
+        return sum(method.slot_bytes(budget.spec.layers[i], budget.spec.dtype, full=True) for i in budget.layers)
+
+    kept: list[Precision] = []
+    least = math.inf
+    for precision in sorted(rounding, key=lambda p: (cost(p), sum(rounding[p]), str(p))):
+        if sum(rounding[precision]) < least:
+            kept.append(precision)
+            least = sum(rounding[precision])
+    return kept[::-1]
 
 
 def _pair_distances(profile: Profile) -> list[tuple[int, int, float]]:

@@ -12,22 +12,25 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import BytesPlan, plan
 from kvplan.policy.schema import Policy
 from kvplan.search.compile import Params
+from kvplan.search.objective import Judge
 from kvplan.stats import Interval, PromptScores, bootstrap
 
 Score = Callable[[Policy, list[int]], PromptScores]
+Rank = tuple[float, float]  # of policies, best first: what is missing to the floors, and the loss
 FINALISTS = 6
 SEARCHED = "search"  # the label of a trial that the sampler chose
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. `scores` are on the search prompts, or None when it was not scored on them."""
+    """One trial. `scores` are on the search prompts, or None when it was not scored on them; `rank` is theirs."""
 
     number: int
     label: str
     params: Params
     policy: Policy
     scores: PromptScores | None
+    rank: Rank = (0.0, math.nan)
 
     @property
     def kl(self) -> float:
@@ -36,7 +39,7 @@ class TrialRow:
     @property
     def is_valid(self) -> bool:
         """False for a trial whose score is nan or infinite: it counts as a trial, and cannot win."""
-        return math.isfinite(self.kl)
+        return all(map(math.isfinite, self.rank))
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Finalist:
     trial: TrialRow
     scores: PromptScores
     interval: Interval
+    rank: Rank
 
     @property
     def kl(self) -> float:
@@ -92,8 +96,9 @@ def confirm(
     seed: int,
     spec: ModelSpec,
     on_confirm: Callable[[int, int], None] = lambda done, total: None,
+    judge: Judge = Judge(),
 ) -> SearchResult:
-    """Score the best distinct policies and the best recipe on `prompts`; the smallest mean KL there wins.
+    """Score the best distinct policies and the best recipe on `prompts`; the best rank there wins.
 
     `on_confirm` is called with the candidates scored so far, from 0 on, and their number.
 
@@ -105,14 +110,15 @@ def confirm(
     on_confirm(0, len(chosen))
     for done, row in enumerate(chosen, 1):
         scores = score(row.policy, list(prompts))
-        if math.isfinite(scores.mean_kl):
-            entries.append(Finalist(row, scores, bootstrap(scores.kl, seed=seed)))
+        rank = judge.rank(scores, prompts)
+        if all(map(math.isfinite, rank)):
+            entries.append(Finalist(row, scores, bootstrap(scores.kl, seed=seed), rank))
         on_confirm(done, len(chosen))
     if not entries:
         raise StudyError("no candidate gave a score on the confirmation prompts: all were nan")
-    entries.sort(key=lambda f: f.kl)
+    entries.sort(key=lambda f: f.rank)
     winner = entries[0]
-    recipe = min((f for f in entries if f.trial.label in recipes), key=lambda f: f.kl, default=None)
+    recipe = min((f for f in entries if f.trial.label in recipes), key=lambda f: f.rank, default=None)
     gain = None
     if recipe is not None:
         pairs = zip(recipe.scores.kl, winner.scores.kl, strict=True)
@@ -144,7 +150,7 @@ def finalists(rows: Sequence[TrialRow], recipes: Sequence[str]) -> list[TrialRow
     """The best distinct policies, and the best recipe whatever its rank."""
     if len(rows) == 1:
         return list(rows)
-    ranked = sorted((row for row in rows if row.is_valid), key=lambda row: (row.kl, row.number))
+    ranked = sorted((row for row in rows if row.is_valid), key=lambda row: (row.rank, row.number))
     distinct = list({row.policy.layers: row for row in reversed(ranked)}.values())[::-1]
     best_recipe = [row for row in ranked if row.label in recipes][:1]
     first = distinct[:FINALISTS]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
+from kvplan.methods.channels.think import ThinK
+from kvplan.methods.evictors import evictors
+from kvplan.methods.params import Choice, IntRange, search_ranges
 from kvplan.search.allocators import allocators
+from kvplan.search.budget import Budget
 from kvplan.search.compile import KNAPSACK, PROFILE, Compiler, Params
+from kvplan.search.decisions import Decisions
+from kvplan.search.layer_groups import Groups
 from kvplan.search.method import joined
 
 if TYPE_CHECKING:
     import optuna
+
+    from kvplan.calibrate.profile import Profile
 
 SCALE_LOW, SCALE_HIGH = 0.25, 4.0
 
@@ -26,44 +35,72 @@ class WarmStart:
 
 
 class SearchSpace:
-    """One scale and one method per layer group, the split that the scales bend, and how many layers share.
+    """One scale and one method per layer group, the split that the scales bend, how many layers share, and the rest.
 
-    A method is an evictor, alone or with a codec; every codec is offered with the evictor that suits the profile best.
+    A method is an evictor, alone or with codecs; codecs are offered with the evictor that suits the profile best.
 
     Args:
         compiler: Knows the groups, the evictors and how many layers can share.
+        decisions: What is searched; the rest stays as a uniform policy has it.
     """
 
-    def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
-        self.splits = [*allocators.names(), KNAPSACK]
+    def __init__(self, compiler: Compiler, decisions: Decisions = Decisions()) -> None:
+        self._compiler, self.decisions = compiler, decisions
+        self.splits = [*allocators.names(), KNAPSACK] if "budget" in decisions else ["uniform"]
         best = compiler.best_evictor()
-        self.evictors = (
-            [*compiler.names, *self._encoded(best), PROFILE] if len(compiler.methods) > 1 else compiler.names
-        )
+        encoded = [joined(best, precision) for precision in compiler.precisions]
+        self.evictors = [*compiler.names, *encoded, PROFILE] if len(compiler.methods) > 1 else compiler.names
         self.group_names = ascii_lowercase[: len(compiler.groups)]
+        self.max_shared = compiler.max_shared if "sharing" in decisions else 0
+        self.channels = _choices(search_ranges(ThinK)["drop"]) if "channels" in decisions else ()
+        self.tunable = _tunable(compiler.names) if "params" in decisions else {}
 
     def suggest(self, trial: optuna.Trial) -> Params:
+        budget = "budget" in self.decisions
         return Params(
-            split=trial.suggest_categorical("split", self.splits),
-            scales=tuple(trial.suggest_float(f"scale.{g}", SCALE_LOW, SCALE_HIGH, log=True) for g in self.group_names),
-            evictors=tuple(trial.suggest_categorical(f"evictor.{g}", self.evictors) for g in self.group_names),
-            shared_layers=trial.suggest_int("shared_layers", 0, self._compiler.max_shared),
+            split=trial.suggest_categorical("split", self.splits) if budget else self.splits[0],
+            scales=tuple(
+                trial.suggest_float(f"scale.{g}", SCALE_LOW, SCALE_HIGH, log=True) if budget else 1.0
+                for g in self.group_names
+            ),
+            evictors=tuple(
+                trial.suggest_categorical(f"evictor.{g}", self.evictors) if len(self.evictors) > 1 else self.evictors[0]
+                for g in self.group_names
+            ),
+            shared_layers=trial.suggest_int("shared_layers", 0, self.max_shared) if self.max_shared else 0,
+            split_heads="heads" in self.decisions and trial.suggest_categorical("split_heads", [False, True]),
+            dropped_channels=trial.suggest_categorical("dropped_channels", [0.0, *self.channels])
+            if self.channels
+            else 0.0,
+            tuned=tuple((e, field, _suggest(trial, e, field, choices)) for (e, field), choices in self.tunable.items()),
         )
 
     def flat(self, params: Params) -> dict[str, Any]:
-        """The parameters by Optuna's names."""
-        scales = {f"scale.{g}": x for g, x in zip(self.group_names, params.scales, strict=True)}
-        chosen = {f"evictor.{g}": e for g, e in zip(self.group_names, params.evictors, strict=True)}
-        return {"split": params.split, **scales, **chosen, "shared_layers": params.shared_layers}
+        """The parameters by Optuna's names: those that are searched."""
+        flat: dict[str, Any] = {}
+        if "budget" in self.decisions:
+            flat["split"] = params.split
+            flat |= {f"scale.{g}": x for g, x in zip(self.group_names, params.scales, strict=True)}
+        if len(self.evictors) > 1:
+            flat |= {f"evictor.{g}": e for g, e in zip(self.group_names, params.evictors, strict=True)}
+        if self.max_shared:
+            flat["shared_layers"] = params.shared_layers
+        if "heads" in self.decisions:
+            flat["split_heads"] = params.split_heads
+        if self.channels:
+            flat["dropped_channels"] = params.dropped_channels
+        return flat | {f"{evictor}.{field}": value for evictor, field, value in params.tuned}
 
     def params(self, flat: dict[str, Any]) -> Params:
         """The inverse of `flat`."""
         return Params(
-            split=flat["split"],
-            scales=tuple(flat[f"scale.{g}"] for g in self.group_names),
-            evictors=tuple(flat[f"evictor.{g}"] for g in self.group_names),
-            shared_layers=flat["shared_layers"],
+            split=flat.get("split", self.splits[0]),
+            scales=tuple(flat.get(f"scale.{g}", 1.0) for g in self.group_names),
+            evictors=tuple(flat.get(f"evictor.{g}", self.evictors[0]) for g in self.group_names),
+            shared_layers=flat.get("shared_layers", 0),
+            split_heads=flat.get("split_heads", False),
+            dropped_channels=flat.get("dropped_channels", 0.0),
+            tuned=tuple((e, field, flat[f"{e}.{field}"]) for e, field in self.tunable),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -72,35 +109,91 @@ class SearchSpace:
             "splits": self.splits,
             "evictors": self.evictors,
             "groups": self._compiler.groups,
-            "max_shared": self._compiler.max_shared,
+            "max_shared": self.max_shared,
+            "decisions": list(self.decisions.kinds),
+            "params": [f"{evictor}.{field}" for evictor, field in self.tunable],
         }
 
     def warm_starts(self) -> list[WarmStart]:
         """Best guesses first, in case there are fewer trials than warm starts."""
-        best, most = self._compiler.best_evictor(), self._compiler.max_shared
+        best = self._compiler.best_evictor()
         any_evictor = self.evictors[-1]
+        alike = [joined(best, p) for p in self._compiler.precisions if p.keys == p.values]
+        knapsack = self._start("knapsack", KNAPSACK, any_evictor)
         starts = [
-            self._start("knapsack", KNAPSACK, any_evictor),
+            *([knapsack] if KNAPSACK in self.splits else []),
             *(self._start(f"uniform {name}", "uniform", name, is_recipe=True) for name in self._compiler.names),
-            self._start(f"squeeze {best}", "squeeze", best, is_recipe=True),
-            self._start(f"pyramid {best}", "pyramid", best, is_recipe=True),
-            *(self._start(f"uniform {both}", "uniform", both, is_recipe=True) for both in self._encoded(best)),
-            self._start(f"knapsack {best}", KNAPSACK, best),
+            *(
+                self._start(f"{split} {best}", split, best, is_recipe=True)
+                for split in self.splits
+                if split not in ("uniform", KNAPSACK)
+            ),
+            *(self._start(f"uniform {both}", "uniform", both, is_recipe=True) for both in alike),
         ]
+        if KNAPSACK not in self.splits:
+            if any_evictor == PROFILE:
+                starts.append(self._start("uniform profile", "uniform", PROFILE))
+            return starts
+        starts.append(self._start(f"knapsack {best}", KNAPSACK, best))
         if len(self.group_names) > 1:
             starts += [self._start(f"tilt {x:g} {any_evictor}", "uniform", any_evictor, tilt=x) for x in (1.5, 3.0)]
-        if most > 0:
-            starts.append(self._start("knapsack, 1 layer shares", KNAPSACK, any_evictor, shared=1))
-        return starts
+        return starts + self._variants(knapsack)
 
-    def _encoded(self, evictor: str) -> list[str]:
-        return [joined(evictor, codec) for codec in self._compiler.codecs]
+    def _variants(self, start: WarmStart) -> list[WarmStart]:
+        """The start with each of the rarer decisions alone."""
+        changes: list[tuple[str, dict[str, Any]]] = []
+        if self.max_shared:
+            changes.append(("1 layer shares", {"shared_layers": 1}))
+        if "heads" in self.decisions:
+            changes.append(("heads split", {"split_heads": True}))
+        if self.channels:
+            least = min(self.channels)
+            changes.append((f"{least:.0%} of the channels dropped", {"dropped_channels": least}))
+        return [
+            WarmStart(f"{start.label}, {told}", replace(start.params, **change), is_recipe=False)
+            for told, change in changes
+        ]
 
-    def _start(
-        self, label: str, split: str, evictor: str, *, is_recipe: bool = False, tilt: float = 1.0, shared: int = 0
-    ) -> WarmStart:
+    def _start(self, label: str, split: str, evictor: str, *, is_recipe: bool = False, tilt: float = 1.0) -> WarmStart:
         """`tilt`: what the most important group gets, as a multiple of the least important one's share."""
         G = len(self.group_names)
         scales = tuple(tilt ** (g / (G - 1) - 0.5) if G > 1 else 1.0 for g in range(G))
-        params = Params(split=split, scales=scales, evictors=(evictor,) * G, shared_layers=shared)
+        defaults = tuple((e, field, getattr(evictors[e](), field)) for e, field in self.tunable)
+        params = Params(split=split, scales=scales, evictors=(evictor,) * G, tuned=defaults)
         return WarmStart(label, params, is_recipe)
+
+
+def space_for(
+    profile: Profile,
+    budget: Budget,
+    decisions: Decisions = Decisions(),
+    names: Sequence[str] = (),
+    groups: Groups = None,
+    codecs: Sequence[str] | None = None,
+) -> tuple[Compiler, SearchSpace]:
+    """The compiler and the space of what is to be decided.
+
+    Raises:
+        ProfileError, TargetError: see `Compiler`.
+    """
+    stored = codecs if "codec" in decisions else ["dense"]
+    compiler = Compiler(profile, budget, names, groups, codecs=stored)
+    if "evictor" not in decisions:
+        compiler = Compiler(profile, budget, [compiler.best_evictor()], groups, codecs=stored)
+    return compiler, SearchSpace(compiler, decisions)
+
+
+def _tunable(names: Sequence[str]) -> dict[tuple[str, str], IntRange | Choice]:
+    return {(name, field): found for name in names for field, found in search_ranges(evictors[name]).items()}
+
+
+def _choices(searched: IntRange | Choice) -> tuple[Any, ...]:
+    assert isinstance(searched, Choice)
+    return searched.values
+
+
+def _suggest(trial: optuna.Trial, evictor: str, field: str, choices: IntRange | Choice) -> Any:
+    name = f"{evictor}.{field}"
+    if isinstance(choices, IntRange):
+        return trial.suggest_int(name, choices.low, choices.high, log=choices.log)
+    return trial.suggest_categorical(name, choices.values)

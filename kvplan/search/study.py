@@ -19,17 +19,21 @@ from kvplan.errors import StudyError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.budget import Protection
-from kvplan.search.compile import Compiler, budget_for
+from kvplan.search.compile import Compiler, Params, budget_for
 from kvplan.search.confirm import SEARCHED, Score, SearchResult, TrialRow, confirm, state
+from kvplan.search.decisions import Decisions
+from kvplan.search.decisions import decisions as default_decisions
 from kvplan.search.journal import INTERRUPTED, open_study
-from kvplan.search.space import SearchSpace
+from kvplan.search.layer_groups import Groups
+from kvplan.search.objective import Judge
+from kvplan.search.samplers import make_sampler
+from kvplan.search.space import SearchSpace, space_for
 from kvplan.stats import PromptScores
 
 if TYPE_CHECKING:
     from kvplan.calibrate.profile import Profile
 
 COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
-GP_TRIALS = 250  # a Gaussian process costs the cube of the trials; beyond, TPE
 
 
 def search(
@@ -50,11 +54,15 @@ def search(
     prepare: Callable[[Sequence[int]], None] = lambda prompts: None,
     evictors: Sequence[str] = (),
     codecs: Sequence[str] | None = None,
+    groups: Groups = None,
+    decisions: Decisions | None = None,
+    judge: Judge = Judge(),
+    sampler: str = "auto",
     protection: Protection = Protection(),
     identity: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> SearchResult:
-    """Find the policy with the smallest mean KL under a memory target.
+    """Find the policy with the smallest loss under a memory target: the mean KL, unless `judge` says otherwise.
 
     There is no pruning: a trial replays a few dozen prompts, and a rank test on part of them would drop the policies
     that lose a little on most prompts and win much on a few.
@@ -76,6 +84,10 @@ def search(
         prepare: Called with prompts right before policies are scored on them for the first time.
         evictors: Names to choose from; by default all that the profile measured.
         codecs: Codecs to choose from beside plain slots, likewise; none with `("dense",)`.
+        groups: Layers that are decided together, or how many groups; by default those of alike sensitivity.
+        decisions: What is searched; by default what so many trials can explore.
+        judge: The objective, and the tasks of the prompts when it has floors.
+        sampler: Name in `samplers.NAMES`.
         protection: What every layer keeps.
         identity: What else decides a score, for example the fingerprint of the prompts.
         provenance: Goes into the policies.
@@ -87,14 +99,15 @@ def search(
     """
     budget = budget_for(profile, spec, target, protection)
     context = budget.context_tokens
-    compiler = Compiler(profile, budget, evictors, codecs=codecs)
-    run = _Run(SearchSpace(compiler), compiler, score, list(search_prompts), context, dict(provenance or {}))
+    chosen = decisions or default_decisions(trials)
+    compiler, space = space_for(profile, budget, chosen, evictors, groups, codecs)
+    run = _Run(space, compiler, score, list(search_prompts), context, dict(provenance or {}), judge)
     starts = run.space.warm_starts()
     if trials == 0:
         policy = compiler.compile(starts[0].params, run.provenance)
         row = TrialRow(0, starts[0].label, starts[0].params, policy, None)
         prepare(confirm_prompts)
-        result = confirm([row], [], score, confirm_prompts, context, seed, spec, on_confirm)
+        result = confirm([row], [], score, confirm_prompts, context, seed, spec, on_confirm, judge)
         on_best(result.policy)
         return result
     known = {
@@ -106,9 +119,11 @@ def search(
         "prompts": list(search_prompts),
         "profile": _digest([profile.sensitivity, profile.importance]),
         "space": run.space.describe(),
+        "objective": judge.objective.describe(),
+        "sampler": sampler,
     }
     deadline = math.inf if timeout is None else time.monotonic() + timeout
-    with _quiet(), open_study(storage, known, lambda started: _sampler(trials, seed, started)) as study:
+    with _quiet(), open_study(storage, known, lambda started: make_sampler(sampler, trials, seed, started)) as study:
         resumed = run.replay(study)
         if run.best is not None:
             on_best(state(run.best.policy, run.best, context, seed, spec))
@@ -130,7 +145,7 @@ def search(
         raise StudyError(f"no trial gave a score: {len(run.rows)} were tried, and all were nan")
     recipes = [start.label for start in starts if start.is_recipe]
     prepare(confirm_prompts)
-    result = confirm(run.rows, recipes, score, confirm_prompts, context, seed, spec, on_confirm)
+    result = confirm(run.rows, recipes, score, confirm_prompts, context, seed, spec, on_confirm, judge)
     on_best(result.policy)
     return replace(result, resumed=resumed)
 
@@ -146,9 +161,10 @@ class _Run:
         prompts: list[int],
         context_tokens: int,
         provenance: dict[str, Any],
+        judge: Judge,
     ) -> None:
         self.space, self.compiler, self.score, self.prompts = space, compiler, score, prompts
-        self.provenance = provenance
+        self.provenance, self.judge = provenance, judge
         self.rows: list[TrialRow] = []
         self.best: TrialRow | None = None
         self._scored: dict[tuple[LayerPolicy, ...], PromptScores] = {}
@@ -161,7 +177,7 @@ class _Run:
             params = self.space.params(trial.params)
             policy = self.compiler.compile(params, self.provenance)
             label = trial.user_attrs.get("label", SEARCHED)
-            self._add(TrialRow(trial.number, label, params, policy, _unpack(trial.user_attrs["scores"])))
+            self._add(self._row(trial.number, label, params, policy, _unpack(trial.user_attrs["scores"])))
         return len(self.rows)
 
     def trial(self, study: optuna.Study) -> TrialRow:
@@ -172,29 +188,25 @@ class _Run:
         policy = self.compiler.compile(params, self.provenance)
         scores = self._scored.get(policy.layers) or self.score(policy, self.prompts)
         trial.set_user_attr("scores", _pack(scores))
-        row = TrialRow(trial.number, trial.user_attrs.get("label", SEARCHED), params, policy, scores)
-        if math.isfinite(scores.mean_kl):
-            # The logarithm ranks alike; KL spans decades, which a Gaussian process cannot follow.
-            study.tell(trial, math.log(max(scores.mean_kl, 1e-9)))
+        row = self._row(trial.number, trial.user_attrs.get("label", SEARCHED), params, policy, scores)
+        for task, below in self.judge.shortfalls(scores, self.prompts).items():
+            trial.set_constraint(f"floor.{task}", below)
+        if row.is_valid:
+            study.tell(trial, row.rank[1])
         else:
             study.tell(trial, state=FAIL)
         self._add(row)
         return row
 
+    def _row(self, number: int, label: str, params: Params, policy: Policy, scores: PromptScores) -> TrialRow:
+        return TrialRow(number, label, params, policy, scores, self.judge.rank(scores, self.prompts))
+
     def _add(self, row: TrialRow) -> None:
         self.rows.append(row)
         if row.scores is not None and row.is_valid:
             self._scored[row.policy.layers] = row.scores
-            if self.best is None or row.kl < self.best.kl:
+            if self.best is None or row.rank < self.best.rank:
                 self.best = row
-
-
-def _sampler(trials: int, seed: int, started: int) -> optuna.samplers.BaseSampler:
-    # A resumed study must not draw again what its first run drew.
-    own = int(hashlib.sha256(f"{seed}/{started}".encode()).hexdigest()[:8], 16)
-    if trials > GP_TRIALS:
-        return optuna.samplers.TPESampler(seed=own)
-    return optuna.samplers.GPSampler(seed=own, n_startup_trials=8, warn_independent_sampling=False)
 
 
 def _digest(data: Any) -> str:

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from kvplan.calibrate.precision import CODECS, MEASURED, Precision, storable
 from kvplan.calibrate.prompts import Example
-from kvplan.calibrate.sensitivity import CODECS, EVICTORS, SHARES, measure, num_replays, stores, stratified
+from kvplan.calibrate.sensitivity import EVICTORS, SHARES, measure, num_replays, stratified
 from kvplan.errors import MethodError, ProfileError
 from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.stats import PromptScores
@@ -27,7 +28,7 @@ def test_one_layer_alone_is_cut_and_windows_are_left_whole():
         return scores([cut[0] + layer.slots.share * n / 1e4 for n in prompts])
 
     steps = []
-    sums = measure(score, SPEC, 3, codecs={}, progress=lambda done, total: steps.append((done, total)))
+    sums = measure(score, SPEC, 3, precisions=(), progress=lambda done, total: steps.append((done, total)))
     assert seen == [(e, s, i) for e in EVICTORS for s in SHARES for i in (0, 2)]
     assert steps[-1] == (30, 30) and len(steps) == 30
     moments = sums.moments["h2o"][2500]
@@ -36,24 +37,39 @@ def test_one_layer_alone_is_cut_and_windows_are_left_whole():
     assert moments.std == pytest.approx([0.25, 0.0, 0.25])
 
 
-def test_one_layer_alone_is_encoded_by_the_codecs_that_can_store_its_heads():
+def test_keys_and_values_of_one_layer_alone_are_encoded_by_the_codecs_that_can_store_its_heads():
     def score(policy, prompts):
-        stored = [(i, layer.key_codec) for i, layer in enumerate(policy.layers) if layer.key_codec.name != "dense"]
-        if not stored:
+        stored = [i for i, layer in enumerate(policy.layers) if layer.key_codec.name != "dense"]
+        values = [i for i, layer in enumerate(policy.layers) if layer.value_codec.name != "dense"]
+        if not stored + values:
             return scores([0.0, 0.0])
-        ((layer, codec),) = stored
+        (layer,) = stored + values
         assert all(other.slots.is_full for other in policy.layers) and layer != 1
-        assert policy.layers[layer].value_codec == codec
-        return scores([layer + 0.1, layer + 0.3])
+        return scores([layer + 0.1, layer + 0.3] if stored else [layer, layer])
 
     sums = measure(score, SPEC, 2, evictors=("streaming",), shares=(1000,))
-    assert list(sums.codecs) == list(CODECS)
-    assert sums.codecs["int8"].mean == pytest.approx([0.2, 0.0, 2.2])
-    assert num_replays(SPEC) == (len(EVICTORS) * len(SHARES) + len(CODECS)) * 2
+    assert list(sums.codecs) == [*(f"{label}/dense" for label in CODECS), *(f"dense/{label}" for label in CODECS)]
+    assert sums.codecs["int8/dense"].mean == pytest.approx([0.2, 0.0, 2.2])
+    assert sums.codecs["dense/int8"].mean == pytest.approx([0.0, 0.0, 2.0])
+    assert num_replays(SPEC) == (len(EVICTORS) * len(SHARES) + len(MEASURED)) * 2
+
+
+def test_a_codec_must_fit_the_heads_and_save_bytes():
+    def usable(dim):
+        spec = ModelSpec((LayerSpec(1, dim, dim),), 1, "bfloat16")
+        return [label for label in CODECS if storable(Precision(label, label), spec)]
+
     # 3 bits pack 8 channels at a time, 2 bits 4; two float16 numbers beside 4 bytes are no gain.
-    six, four = (ModelSpec((LayerSpec(1, dim, dim),), 1, "bfloat16") for dim in (6, 4))
-    assert [label for label in CODECS if stores(CODECS[label], six)] == ["int8", "turboquant4"]
-    assert [label for label in CODECS if stores(CODECS[label], four)] == ["turboquant4", "turboquant2"]
+    assert usable(6) == ["int8", "turboquant4"]
+    assert usable(4) == ["turboquant4", "turboquant2"]
+    wide_values = ModelSpec((LayerSpec(1, 6, 8),), 1, "bfloat16")
+    assert storable(Precision("dense", "turboquant3"), wide_values)
+    assert not storable(Precision("turboquant3", "dense"), wide_values)
+
+
+@pytest.mark.parametrize("text", ["int8", "int8/turboquant2", "dense/int8", "dense"])
+def test_precisions_are_read_as_they_are_written(text):
+    assert str(Precision.parse(text)) == text
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -27,7 +27,8 @@ from kvplan.search.confirm import SEARCHED, TrialRow
 from kvplan.units import parse_bytes
 
 EXAMPLES = [
-    SimpleNamespace(id=str(i), task="ab"[i % 2], prompt_ids=(i, 1), continuation_ids=(1,) * (i < 9)) for i in range(10)
+    SimpleNamespace(answers=(), id=str(i), task="ab"[i % 2], prompt_ids=(i, 1), continuation_ids=(1,) * (i < 9))
+    for i in range(10)
 ]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from kvplan.calibrate.sensitivity import CODECS
+from kvplan.calibrate.precision import CODECS, Precision
+from kvplan.methods.codecs import Codec
 from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.policy.schema import Policy
 from kvplan.stats import PromptScores
@@ -54,12 +55,16 @@ class FakeProfile:
 
     @property
     def codec_sensitivity(self) -> dict[str, list[float]]:
-        return {label: [codec_kl(i, CODECS[label].name) for i in range(self.spec.num_layers)] for label in self.codecs}
+        return {
+            label: [precision_kl(i, Precision.parse(label)) for i in range(self.spec.num_layers)]
+            for label in self.codecs
+        }
 
 
-def codec_kl(layer: int, codec: str) -> float:
-    """Damage of one layer that a codec stores."""
-    return {"dense": 0.0, "int8": 0.001, "turboquant": 0.02}[codec] * WEIGHTS[layer]
+def precision_kl(layer: int, precision: Precision) -> float:
+    """Damage of one layer that is stored like that; keys suffer most."""
+    harm = {"dense": 0.0, "int8": 0.001, "turboquant4": 0.02, "turboquant2": 0.2}
+    return (harm[precision.keys] * 0.8 + harm[precision.values] * 0.2) * WEIGHTS[layer]
 
 
 class FakeScore:
@@ -104,7 +109,11 @@ def total_kl(policy: Policy) -> float:
         if layer.shares is not None:
             total += 0.4
             continue
-        total += codec_kl(i, layer.key_codec.name)
+        total += precision_kl(i, Precision(*map(_label, (layer.key_codec, layer.value_codec))))
         if layer.slots.share is not None:
             total += layer_kl(i, layer.evictor.name, layer.slots.share / 10_000)
     return total
+
+
+def _label(codec: Codec) -> str:
+    return next((label for label, known in CODECS.items() if known == codec), "dense")

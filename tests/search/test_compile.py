@@ -11,11 +11,12 @@ from kvplan.policy.rules import check_model, check_policy
 from kvplan.policy.schema import Policy, Target
 from kvplan.search.budget import Budget, Protection
 from kvplan.search.compile import Compiler, Params
+from kvplan.search.decisions import KINDS, Decisions
 from kvplan.search.method import named
 from kvplan.search.space import SearchSpace
 
 PLAIN = FakeProfile()
-ENCODED = FakeProfile(codecs=("int8", "turboquant4"))
+ENCODED = FakeProfile(codecs=("int8/dense", "dense/int8", "turboquant4/dense", "dense/turboquant4"))
 WINDOWED = FakeProfile(spec=spec_of(windows=(1, 4)))
 
 
@@ -29,19 +30,23 @@ COMPILERS = {
     "99%": Compiler(PLAIN, budget_of(PLAIN, Target(share=9900))),  # type: ignore[arg-type]
     "windows": Compiler(WINDOWED, budget_of(WINDOWED, Target(share=4000))),  # type: ignore[arg-type]
     "codecs": Compiler(ENCODED, budget_of(ENCODED, Target(share=2500))),  # type: ignore[arg-type]
+    "codecs in bytes": Compiler(ENCODED, budget_of(ENCODED, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
     "bytes": Compiler(PLAIN, budget_of(PLAIN, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
 }
 
 
 @st.composite
 def sampled(draw: st.DrawFn, compiler: Compiler) -> Params:
-    space = SearchSpace(compiler)
+    space = SearchSpace(compiler, Decisions(KINDS))
     G = len(compiler.groups)
     return Params(
         split=draw(st.sampled_from(space.splits)),
         scales=tuple(draw(st.lists(st.floats(0.25, 4), min_size=G, max_size=G))),
         evictors=tuple(draw(st.lists(st.sampled_from(space.evictors), min_size=G, max_size=G))),
         shared_layers=draw(st.integers(0, compiler.max_shared)),
+        split_heads=draw(st.booleans()),
+        dropped_channels=draw(st.sampled_from([0.0, *space.channels])),
+        tuned=draw(st.sampled_from([(), (("snapkv", "window_tokens", 8), ("snapkv", "pooling", "max"))])),
     )
 
 
@@ -89,15 +94,41 @@ def test_the_profile_method_stores_layers_in_fewer_bytes_where_that_costs_least(
     assert total_kl(joint) < total_kl(tokens) / 2
 
 
-def test_every_codec_is_offered_with_the_best_evictor() -> None:
-    space = SearchSpace(COMPILERS["codecs"])
-    assert space.evictors == ["h2o", "snapkv", "streaming", "h2o+int8", "h2o+turboquant4", "profile"]
-    assert {"uniform h2o+int8", "uniform h2o+turboquant4"} <= {start.label for start in space.warm_starts()}
+def test_codecs_of_keys_and_values_are_paired_and_those_that_are_never_best_left_out() -> None:
+    compiler = COMPILERS["codecs"]
+    assert len(compiler.methods) == 3 * 9
+    offered = [str(precision) for precision in compiler.precisions]
+    assert offered == ["dense/int8", "int8", "int8/turboquant4", "turboquant4"]
+    space = SearchSpace(compiler)
+    assert space.evictors == ["h2o", "snapkv", "streaming", *(f"h2o+{p}" for p in offered), "profile"]
+    starts = {start.label for start in space.warm_starts()}
+    assert {"uniform h2o+int8", "uniform h2o+turboquant4"} <= starts and "uniform h2o+int8/turboquant4" not in starts
 
 
-def test_a_codec_that_was_not_measured_is_refused() -> None:
-    with pytest.raises(ProfileError, match=r"no sensitivity for the codec fp8; .* dense, int8, turboquant4"):
-        Compiler(ENCODED, COMPILERS["codecs"].budget, codecs=["fp8"])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wanted", "offered"),
+    [
+        (["dense"], []),
+        (["int8"], ["dense/int8", "int8"]),
+        (["int8/turboquant4"], ["int8/turboquant4"]),
+        (["turboquant4/dense", "dense"], ["turboquant4/dense"]),
+    ],
+)
+def test_codecs_can_be_chosen(wanted: list[str], offered: list[str]) -> None:
+    compiler = Compiler(ENCODED, COMPILERS["codecs"].budget, codecs=wanted)  # type: ignore[arg-type]
+    assert [str(precision) for precision in compiler.precisions] == offered
+
+
+@pytest.mark.parametrize(
+    ("codec", "told"),
+    [
+        ("turboquant2", "no sensitivity for the codec turboquant2; .* dense, int8, turboquant4"),
+        ("fp9", "--codec: unknown codec 'fp9'; choose among: dense, int8"),
+    ],
+)
+def test_a_codec_that_was_not_measured_is_refused(codec: str, told: str) -> None:
+    with pytest.raises(ProfileError, match=told):
+        Compiler(ENCODED, COMPILERS["codecs"].budget, codecs=[codec])  # type: ignore[arg-type]
 
 
 def test_sharing_leaves_its_bytes_to_the_others() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from kvplan.errors import StudyError, TargetError
 from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import load_policy, save_policy
 from kvplan.search.confirm import SearchResult, hold_out
+from kvplan.search.objective import Judge, Objective
+from kvplan.search.samplers import make_sampler
 from kvplan.search.study import search
+from kvplan.stats import PromptScores
 
 SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
 
@@ -225,10 +230,8 @@ def test_optuna_speaks_as_before_afterwards() -> None:
 
 
 def test_a_long_search_uses_tpe() -> None:
-    from kvplan.search.study import _sampler
-
-    assert isinstance(_sampler(251, 0, 0), optuna.samplers.TPESampler)
-    assert isinstance(_sampler(250, 0, 0), optuna.samplers.GPSampler)
+    assert isinstance(make_sampler("auto", 251, 0, 0), optuna.samplers.TPESampler)
+    assert isinstance(make_sampler("auto", 250, 0, 0), optuna.samplers.GPSampler)
 
 
 @pytest.mark.parametrize("data", [b"weights without a line end", b'{"op', b""])
@@ -250,3 +253,28 @@ def test_a_full_disk_names_the_journal(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(JournalFileBackend, "append_logs", full)
     with pytest.raises(StudyError, match=r"s: cannot write the search there \(No space left on device\)"):
         run(FakeScore(), storage=tmp_path / "s", trials=1)
+
+
+def test_a_floor_decides_before_the_kl_does() -> None:
+    class Skilled(FakeScore):
+        """A skill that only unencoded, large first layers have; everything else is as it was."""
+
+        def __call__(self, policy: Policy, prompts: Sequence[int]) -> PromptScores:
+            scores = super().__call__(policy, prompts)
+            right = policy.layers[0].slots.is_full
+            return replace(scores, task=(float(right),) * len(prompts))
+
+    tasks = ["a"] * 12
+    free, held = (run(Skilled(), 20, judge=Judge(Objective("kl", floors), tasks)) for floors in ({}, {"a": 0.9}))
+    assert held.winner.rank[0] == 0.0 and held.policy.layers[0].slots.is_full
+    assert not free.policy.layers[0].slots.is_full
+    assert free.winner.kl < held.winner.kl
+    assert {row.rank[0] for row in held.trials} == {0.0, 0.9}
+
+
+def test_the_sampler_can_be_random_and_random_has_its_own_study(tmp_path: Path) -> None:
+    journal = tmp_path / "j"
+    found = run(FakeScore(), 16, sampler="random", storage=journal)
+    assert len(found.trials) == 16
+    with pytest.raises(StudyError, match="another sampler"):
+        run(FakeScore(), 17, sampler="gp", storage=journal)

@@ -103,13 +103,13 @@ def _options(
     found: list[tuple[int, Choice]] = []
     for name, method in methods.items():
         floor, cap = budget.floor(layer, method), budget.cap(layer, method)
-        cost = budget.cost(layer, method)
+        cost, fixed = budget.cost(layer, method), budget.fixed(layer, method)
         measured = {share: values[layer] for share, values in curves[name].items()}
         grid = {round(x) for x in np.geomspace(max(floor, 1), cap, GRID)}
         grid |= {share * budget.whole // BASIS_POINTS for share in measured if share < BASIS_POINTS}
         for units in sorted({min(max(x, floor), cap) for x in grid}):
             share = BASIS_POINTS if units == cap else units * BASIS_POINTS / budget.whole
-            found.append((units * cost, Choice(name, units, kl_at(measured, share))))
+            found.append((units * cost + fixed, Choice(name, units, kl_at(measured, share))))
     found.sort(key=lambda option: (option[0], option[1].kl, option[1].method))
     kept: list[tuple[int, Choice]] = []
     for cost, choice in found:
