@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -82,10 +83,11 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     """Show progress on stderr: a bar on a terminal, one line per 10 % elsewhere, nothing with --quiet.
 
     Yields:
-        `advance(steps=1, note="")`; the note is shown behind the count.
+        `advance(steps=1, note="", below=None)`; the note is shown behind the count, and `below` under the bar of a
+        terminal.
     """
     if _quiet:
-        yield lambda steps=1, note="": None
+        yield lambda steps=1, note="", below=None: None
     elif err.is_terminal:
         with _bar(what, total) as advance:
             yield advance
@@ -98,19 +100,19 @@ def stages() -> Iterator[Callable[..., None]]:
     """Show the progress of stages that follow each other: what is reported first of a stage ends the one before.
 
     Yields:
-        `report(what, done, total, note="")`.
+        `report(what, done, total, note="", below=None)`; see `progress`.
     """
     current, shown = "", 0
     advance: Callable[..., None] | None = None
     with ExitStack() as opened:
 
-        def report(what: str, done: int, total: int, note: str = "") -> None:
+        def report(what: str, done: int, total: int, note: str = "", below: Any = None) -> None:
             nonlocal current, shown, advance
             if advance is None or what != current:
                 opened.close()
                 advance = opened.enter_context(progress(what, total))
                 current, shown = what, 0
-            advance(done - shown, note=note)
+            advance(done - shown, note=note, below=below)
             shown = done
 
         yield report
@@ -128,22 +130,33 @@ def _bar(what: str, total: int) -> Iterator[Callable[..., None]]:
         rp.TimeRemainingColumn(),
         rp.TextColumn("{task.fields[note]}", markup=False),
     )
-    with rp.Progress(*columns, console=err, transient=False) as bar:
+
+    class Bar(rp.Progress):
+        below: Any = None
+
+        def get_renderables(self) -> Iterable[Any]:
+            yield from super().get_renderables()
+            if self.below is not None:
+                yield self.below
+
+    with Bar(*columns, console=err, transient=False) as bar:
         task = bar.add_task(what, total=total, note="")
 
-        def advance(steps: int = 1, note: str = "") -> None:
+        def advance(steps: int = 1, note: str = "", below: Any = None) -> None:
+            bar.below = below if below is not None else bar.below
             if note:
                 bar.update(task, advance=steps, note=note)
             else:
                 bar.update(task, advance=steps)
 
         yield advance
+        bar.below = None  # what is left on the screen is the bar alone
 
 
 def _log_lines(what: str, total: int) -> Callable[..., None]:
     started, done, shown = time.monotonic(), 0, 0
 
-    def advance(steps: int = 1, note: str = "") -> None:
+    def advance(steps: int = 1, note: str = "", below: Any = None) -> None:
         nonlocal done, shown
         done += steps
         percent = 100 * done // total if total else 100

@@ -121,13 +121,14 @@ def command(
     from kvplan import __version__
     from kvplan.calibrate.prompts import data_fingerprint, load_examples
     from kvplan.check.scoring import Scorer
-    from kvplan.cli.console import note, out, stages
+    from kvplan.cli.console import err, note, out, stages
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
+    from kvplan.policy.memory import plan
     from kvplan.policy.schema import Policy
     from kvplan.policy.serialize import save_policy
     from kvplan.report.policy import picture
-    from kvplan.report.search import as_data, summary
+    from kvplan.report.search import as_data, live_table, summary, trial_line
     from kvplan.search.confirm import TrialRow, hold_out
     from kvplan.search.study import search
 
@@ -174,8 +175,16 @@ def command(
                 if prompts == search_prompts:
                     report("searching", 0, trials)
 
+            def held(row: TrialRow) -> float:
+                return plan(row.policy, spec, [planned.context_tokens]).ratio
+
+            rows: list[TrialRow] = []
+
             def on_trial(row: TrialRow, best: TrialRow, count: int) -> None:
-                report("searching", count, trials, note=f"best KL {best.kl:.4f} ({best.label})")
+                rows.append(row)
+                if not err.is_terminal:
+                    note(trial_line(row, held(row), row is best))
+                report("searching", count, trials, below=live_table(rows, held) if err.is_terminal else None)
 
             result = search(
                 measured,

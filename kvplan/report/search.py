@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 
 from kvplan.search.compile import Params
 from kvplan.search.confirm import SEARCHED, Finalist, SearchResult, TrialRow
+from kvplan.stats import bootstrap
 from kvplan.units import format_bytes
 
 WIDTH = 80
+LIVE_ROWS = 5
 _LABEL = 27
 _SHORT = 3  # letters of an evictor's name where the whole name does not fit
 
@@ -48,6 +51,33 @@ def summary(result: SearchResult) -> Text:
     return text
 
 
+def trial_line(row: TrialRow, held: float, is_best: bool) -> str:
+    """One trial for the log: its number, score, share of the full cache (0 to 1) and what was tried."""
+    score = f"KL {row.kl:.4f}" if row.is_valid else "no score"
+    task = None if row.scores is None else row.scores.mean_task
+    exact = "" if task is None else f", {task:.0%} exact"
+    best = " (best so far)" if is_best else ""
+    return f"trial {row.number:>3}: {score}{exact}, {held:.1%} of full, {name(row)}{best}"
+
+
+def live_table(rows: Sequence[TrialRow], held: Callable[[TrialRow], float], seed: int = 0) -> Table:
+    """The best trials so far on the search prompts, with bytes and interval, for a terminal.
+
+    Args:
+        held: Share of the full cache that a trial's policy holds, 0 to 1.
+        seed: Of the bootstrap.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("best so far", "trial", "KL", "95 %", "of full"):
+        table.add_column(heading, justify="left" if heading in ("best so far", "95 %") else "right")
+    for row in sorted((row for row in rows if row.is_valid), key=lambda row: row.rank)[:LIVE_ROWS]:
+        assert row.scores is not None
+        span = bootstrap(row.scores.kl, seed=seed, resamples=200)
+        interval = f"[{span.low:.4f}, {span.high:.4f}]"
+        table.add_row(name(row), str(row.number), f"{row.kl:.4f}", interval, f"{held(row):.1%}")
+    return table
+
+
 def _line(finalist: Finalist) -> str:
     row, interval = finalist.trial, finalist.interval
     top1 = finalist.scores.mean_top1
@@ -79,7 +109,7 @@ def _caption(result: SearchResult) -> str:
     """How the winner was chosen, and how to read the names."""
     if len(result.finalists) < 2:
         return ""
-    told = f"winner: the smallest KL on the {len(result.winner.scores)} confirmation prompts (first line)"
+    told = f"winner: {result.goal} on the {len(result.winner.scores)} confirmation prompts (first line)"
     found = [f.trial.params for f in result.finalists if f.trial.label == SEARCHED]
     if any(len(set(params.evictors)) > 1 for params in found):
         told += "; a/b: evictors of the layer groups, from the least sensitive"

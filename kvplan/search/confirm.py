@@ -12,7 +12,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import BytesPlan, plan
 from kvplan.policy.schema import Policy
 from kvplan.search.compile import Params
-from kvplan.search.objective import Judge
+from kvplan.search.objective import Judge, Objective
 from kvplan.stats import Interval, PromptScores, bootstrap
 
 Score = Callable[[Policy, list[int]], PromptScores]
@@ -69,6 +69,7 @@ class SearchResult:
         gain: KL of the recipe minus the winner's, paired by prompt: above 0 the search was worth it.
         bytes: What the policy holds at one prompt of `context_tokens`.
         context_tokens: Prompt length of `bytes`.
+        goal: What made the winner the best.
         resumed: How many of the trials an earlier run made.
     """
 
@@ -80,6 +81,7 @@ class SearchResult:
     gain: Interval | None
     bytes: BytesPlan
     context_tokens: int
+    goal: str = Objective().goal
     resumed: int = 0
 
     @property
@@ -132,6 +134,7 @@ def confirm(
         gain=gain,
         bytes=plan(winner.trial.policy, spec, [context_tokens]),
         context_tokens=context_tokens,
+        goal=judge.objective.goal,
     )
 
 

@@ -16,6 +16,11 @@ from kvplan.units import parse_share
 SMALLEST = 1e-9
 # Weight of the mean KL in nats, and of the share of answers that are wrong. `task` breaks ties by KL.
 WEIGHTS = {"kl": (1.0, 0.0), "task": (1e-3, 1.0), "mixed": (1.0, 1.0)}
+GOALS = {
+    "kl": "the smallest KL",
+    "task": "the most right answers",
+    "mixed": "the smallest KL plus share of wrong answers",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class Objective:
     def __post_init__(self) -> None:
         if self.kind not in WEIGHTS:
             raise StudyError(f"--objective {self.kind}: no such objective; choose among: {', '.join(WEIGHTS)}")
+
+    @property
+    def goal(self) -> str:
+        """What makes a policy the best."""
+        return GOALS[self.kind] + (", floors held," if self.floors else "")
 
     def check(self, tasks: Sequence[str], answered: Sequence[bool]) -> None:
         """Fail before long work.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
 from search_fakes import FakeProfile, FakeScore
@@ -21,9 +23,10 @@ from kvplan.errors import TargetError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import load_policy
-from kvplan.report.search import name
+from kvplan.report.search import live_table, name
 from kvplan.search.compile import Params
 from kvplan.search.confirm import SEARCHED, TrialRow
+from kvplan.stats import PromptScores
 from kvplan.units import parse_bytes
 
 EXAMPLES = [
@@ -123,7 +126,11 @@ def test_every_stage_shows_its_progress_and_stdout_stays_data(
     assert kvplan_search("--mem", "40%", "--trials", "3", "--json") == 0
     captured = capsys.readouterr()
     json.loads(captured.out)
-    stages = [line.split(":")[0] for line in captured.err.splitlines() if "%" in line]
+    lines = [line for line in captured.err.splitlines() if "%" in line]
+    trials = [line for line in lines if line.startswith("trial")]
+    assert [line.split(":")[0] for line in trials] == ["trial   0", "trial   1", "trial   2"]
+    assert trials[0].endswith("of full, knapsack (best so far)")
+    stages = [line.split(":")[0] for line in lines if line not in trials]
     assert [name for name, _ in groupby(stages)] == [
         "prefilling prompts",
         "searching",
@@ -256,3 +263,16 @@ def test_the_profile_is_not_written_over(faked: FakeScore, tmp_path: Path, capsy
 @pytest.mark.parametrize("argv", [("--seed", "-1"), ("--seed", str(2**32)), ("--context", "9" * 23)])
 def test_numbers_out_of_range_are_usage_errors(faked: FakeScore, argv: tuple[str, ...]) -> None:
     assert kvplan_search("--mem", "1GiB", *argv) == 2
+
+
+def test_the_live_table_shows_the_best_trials_with_interval_and_bytes() -> None:
+    def row(number: int, kl: float) -> TrialRow:
+        scores = PromptScores((kl, 2 * kl), (1.0,) * 2, (1.0,) * 2, (1.0,) * 2)
+        params = Params(split="uniform", scales=(1.0,), evictors=("tova",))
+        return TrialRow(number, SEARCHED, params, Policy(layers=()), scores, (0.0, kl))
+
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(live_table([row(n, (n + 3) % 8 / 10) for n in range(8)], lambda row: row.number / 100))
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[2] for line in lines[1:]] == ["5", "6", "7", "0", "1"]
+    assert lines[2].split() == ["uniform", "tova", "6", "0.1500", "[0.1000,", "0.2000]", "6.0%"]
