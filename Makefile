@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-compiled bench-gpu policies test test-matrix lint format format-check types imports \
+.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-compiled bench-gpu bench-plans policies test test-matrix lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -70,6 +70,12 @@ bench-calibrate: $(INSTALLED)
 
 bench-compiled: $(INSTALLED)
 	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python compiled.py
+
+# kvplan against every simpler plan at 50, 40, 25, 15 and 10 % of the bundled model's cache; rows are kept in build/plans.
+bench-plans: $(INSTALLED)
+	@mkdir -p build/plans
+	[ -f build/plans/profile.json ] || $(BIN)/python -m kvplan calibrate -o build/plans/profile.json
+	$(BIN)/python benchmarks/plans.py --profile build/plans/profile.json --out build/plans
 
 # On a machine with a GPU: make KVPLAN_TORCH=default install && .venv/bin/pip install -c constraints.txt -e '.[gpu]'
 bench-gpu: $(INSTALLED)
