@@ -38,6 +38,14 @@ def command(
         bool, typer.Option("--sensitivity/--no-sensitivity", help="Cut each layer alone and see what it costs.")
     ] = True,
     sensitivity_prompts: Annotated[int, typer.Option(min=1, help="Prompts for that, from the tasks in turn.")] = 12,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Measure the I-th of N parts of the prompts; kvplan profile merge joins them.",
+            show_default="all",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Draws the rows of a dataset.")] = 0,
@@ -50,9 +58,11 @@ def command(
     import time
     from dataclasses import replace
 
+    from kvplan.calibrate.shards import Shard
     from kvplan.files import check_writable
 
     check_writable(output, data or ())
+    part = Shard.parse(shard) if shard else Shard(1, 1)
 
     import torch
     import transformers
@@ -81,6 +91,8 @@ def command(
         seed=seed,
     )
     loading = time.perf_counter() - start
+    chosen = [examples[i] for i in stratified(examples, sensitivity_prompts)] if sensitivity else []
+    chosen, examples = part.of(chosen, "prompts for sensitivity"), part.of(examples, "prompts")
     with progress("calibrating", len(examples)) as advance:
         statistics = collect(network, examples, batch_size=batch_size, sinks=sinks, progress=_steps(advance))
     statistics = replace(
@@ -92,7 +104,6 @@ def command(
     if sensitivity:
         from kvplan.check.scoring import Scorer
 
-        chosen = [examples[i] for i in stratified(examples, sensitivity_prompts)]
         if not chosen:
             warn("no prompt has a continuation, so sensitivity is not measured")
         else:

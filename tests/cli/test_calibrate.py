@@ -8,7 +8,7 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from kvplan.calibrate.profile import Profile
+from kvplan.calibrate.profile import Profile, merge
 from kvplan.cli import calibrate
 from kvplan.errors import KVPlanError
 from kvplan.stats import PromptScores
@@ -92,3 +92,36 @@ def test_interrupt_leaves_nothing_half_written(folder, tmp_path, monkeypatch):
     result = invoke(folder, "--data", folder / "text.txt", "--max-tokens", 80, "-o", tmp_path / "p.json")
     assert result.exit_code != 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_shards_are_the_whole(folder, tmp_path):
+    """The fake scores are equal, so sensitivity agrees whichever prompts a shard takes; their number tells."""
+    args = (folder, "--data", folder / "text.txt", "--max-tokens", 40, "--sensitivity-prompts", 5, "--batch-size", 1)
+    assert invoke(*args, "-o", tmp_path / "whole.json").exit_code == 0
+    parts = [tmp_path / f"{i}.json" for i in (1, 2, 3)]
+    for i, part in enumerate(parts, 1):
+        result = invoke(*args, "--shard", f"{i}/3", "-o", part)
+        assert result.exit_code == 0, result.output
+    whole, *shards = [Profile.load(path) for path in (tmp_path / "whole.json", *parts)]
+    merged = merge(merge(shards[0], shards[1]), shards[2])
+    assert merged.statistics.prompt_hashes == whole.statistics.prompt_hashes
+    assert merged.data_fingerprint == whole.data_fingerprint
+    counts = [part.sensitivity_sums.moments["snapkv"][1000].count for part in (*shards, merged, whole)]
+    assert counts == [2, 2, 1, 5, 5]
+    for one, other in zip(merged.statistics.layers, whole.statistics.layers, strict=True):
+        assert (one.cosine.sum == other.cosine.sum).all() and (one.entropy.squares == other.entropy.squares).all()
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b", "1/2/3"])
+def test_bad_shards_are_refused_before_the_model_is_loaded(tmp_path, text):
+    result = invoke(tmp_path / "none", "--shard", text, "-o", tmp_path / "p.json")
+    assert isinstance(result.exception, KVPlanError)
+    assert str(result.exception) == f"--shard {text}: write for example 1/4 to 4/4 for the four parts of the prompts"
+
+
+def test_more_shards_than_prompts_are_refused(folder, tmp_path):
+    args = (folder, "--data", folder / "text.txt", "--max-tokens", 80, "-o", tmp_path / "p.json")
+    result = invoke(*args, "--shard", "1/4000")
+    assert "prompts for sensitivity; use fewer shards" in str(result.exception)
+    result = invoke(*args, "--shard", "1/4000", "--no-sensitivity")
+    assert "there are only" in str(result.exception) and "prompts; use fewer shards" in str(result.exception)
