@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvplan import __version__
-from kvplan.cli import bench, calibrate, policy, profile, run, search
+from kvplan.cli import bench, calibrate, policy, profile, run, search, worker
 from kvplan.cli.console import set_quiet
 from kvplan.cli.exits import run_app
 
@@ -42,6 +42,7 @@ def options(
 
 app.command("calibrate")(calibrate.command)
 app.command("search")(search.command)
+app.command("worker")(worker.command)
 app.command("run")(run.command)
 app.command("bench")(bench.command)
 app.add_typer(policy.app, name="policy")

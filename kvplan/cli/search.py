@@ -42,9 +42,22 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampler, and of the rows of a dataset.")] = 0,
     storage: Annotated[
-        Path | None,
-        typer.Option(help="The search's own file; a killed search goes on from it.", show_default="beside the policy"),
+        str | None,
+        typer.Option(
+            help="The study's file, or a server: postgresql+psycopg://user@host/database. A killed search goes on from "
+            "it, and workers join it.",
+            show_default="a file beside the policy",
+        ),
     ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the study on a server, for workers.", show_default="one that follows from the inputs"
+        ),
+    ] = None,
+    stale_after: Annotated[
+        float, typer.Option(min=1, help="Seconds without a sign of life after which a trial is tried again.")
+    ] = 180,
     evictor: Annotated[
         list[str] | None, typer.Option(help="An evictor to choose from; may be repeated.", show_default="all measured")
     ] = None,
@@ -95,6 +108,7 @@ def command(
 
     target = parse_target(mem, context, batch)
     check_writable(output, [profile, storage, *(data or [])])
+    address = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
 
     from kvplan.calibrate.profile import Profile
     from kvplan.search.budget import Protection
@@ -130,6 +144,7 @@ def command(
     from kvplan.report.policy import picture
     from kvplan.report.search import as_data, live_table, summary, trial_line
     from kvplan.search.confirm import TrialRow, hold_out
+    from kvplan.search.storage import where
     from kvplan.search.study import search
 
     network, tokenizer, spec = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -157,7 +172,6 @@ def command(
         goal.check([tasks[i] for i in part], [bool(examples[i].answers) for i in part])
     scorer = Scorer(network, spec, examples)
     fingerprint = data_fingerprint(examples)
-    journal = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
     saved = False
 
     def on_best(policy: Policy) -> None:
@@ -196,7 +210,10 @@ def command(
                 trials=trials,
                 timeout=timeout,
                 seed=seed,
-                storage=journal,
+                storage=address,
+                study=study,
+                stale_after=stale_after,
+                say=note,
                 on_best=on_best,
                 on_trial=on_trial,
                 on_confirm=lambda done, total: report("confirming", done, total),
@@ -209,6 +226,14 @@ def command(
                 sampler=sampler,
                 protection=protection,
                 identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
+                inputs={
+                    "model": model,
+                    "data": data,
+                    "max_prompts": max_prompts,
+                    "max_tokens": max_tokens,
+                    "column": column,
+                    "split": split,
+                },
                 provenance={
                     "kvplan": __version__,
                     "profile": measured.data_fingerprint,
@@ -219,10 +244,12 @@ def command(
             )
     except KeyboardInterrupt:
         if saved:
-            note(f"the best policy so far is in {output}; the same command goes on from {journal}")
+            note(f"the best policy so far is in {output}; the same command goes on from {where(address)}")
         raise
     if result.resumed:
-        note(f"{result.resumed} trials are from earlier runs ({journal})")
+        note(f"{result.resumed} trials are from earlier runs ({where(address)})")
+    if result.by_others:
+        note(f"{result.by_others} trials were run by other processes")
     if as_json:
         typer.echo(json.dumps(as_data(result), indent=2, allow_nan=False))
     else:

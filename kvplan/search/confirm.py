@@ -71,6 +71,7 @@ class SearchResult:
         context_tokens: Prompt length of `bytes`.
         goal: What made the winner the best.
         resumed: How many of the trials an earlier run made.
+        by_others: How many of the others another process made.
     """
 
     policy: Policy
@@ -83,6 +84,7 @@ class SearchResult:
     context_tokens: int
     goal: str = Objective().goal
     resumed: int = 0
+    by_others: int = 0
 
     @property
     def num_failed(self) -> int:

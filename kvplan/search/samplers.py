@@ -20,14 +20,15 @@ def check_name(name: str) -> None:
         raise StudyError(f"--sampler {name}: no such sampler; choose among: {', '.join(NAMES)}")
 
 
-def make_sampler(name: str, trials: int, seed: int, started: int) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, trials: int, seed: int, started: int | str) -> optuna.samplers.BaseSampler:
     """A seeded sampler.
 
     Args:
         name: `gp`, `tpe`, `random`, or `auto`: `gp` as long as the trials are few.
         trials: Of the study in all.
         seed: Of the search.
-        started: Trials already in the study: a resumed one must not draw again what its first run drew.
+        started: Trials already in the study (and who draws, where several do): a resumed study must not draw again what
+            its first run drew.
 
     Raises:
         StudyError: an unknown name.

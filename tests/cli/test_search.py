@@ -91,14 +91,18 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
 
 
 def kvplan_search(*argv: str) -> int:
+    return kvplan_command("search", *argv)
+
+
+def kvplan_command(*argv: str) -> int:
     import typer
 
-    from kvplan.cli.search import command
+    from kvplan.cli import search, worker
 
     app = typer.Typer()
-    app.command("search")(command)
-    app.command("other")(lambda: None)
-    return run_app(app, ["search", *argv])
+    app.command("search")(search.command)
+    app.command("worker")(worker.command)
+    return run_app(app, [*argv])
 
 
 def test_search_writes_a_policy_and_its_journal(
@@ -215,6 +219,45 @@ def test_a_search_of_another_dtype_or_version_is_not_resumed(
     assert f"policy.40pct.journal: holds a search with another {what};" in capsys.readouterr().err
 
 
+def test_a_worker_does_the_rest_and_the_search_confirms(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    faked.fail_at = 3
+    assert kvplan_search("--mem", "40%", "--trials", "5", "--storage", "s") == 130
+    assert kvplan_command("worker", "--storage", "s") == 0
+    told = capsys.readouterr().err
+    assert "joined study 'kvplan-" in told and "ran 3 of 5 trials; all are done" in told
+    assert load_policy(tmp_path / "policy.yaml").provenance["search"]["prompts"] == "search"
+    assert kvplan_command("worker", "--storage", "s") == 0
+    assert "ran 0 of 5 trials; all are done" in capsys.readouterr().err
+    assert kvplan_search("--mem", "40%", "--trials", "5", "--storage", "s") == 0
+    assert "5 trials are from earlier runs (s)" in capsys.readouterr().err
+    assert load_policy(tmp_path / "policy.yaml").provenance["search"]["prompts"] == "confirmation"
+
+
+@pytest.mark.parametrize("what", ["kvplan", "dtype", "model", "data"])
+def test_a_worker_of_another_version_model_or_data_is_refused(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    import kvplan.calibrate.prompts
+    import kvplan.loading
+
+    assert kvplan_search("--mem", "40%", "--trials", "2", "--storage", "s") == 0
+    spec = FakeProfile().spec
+    if what == "kvplan":
+        monkeypatch.setattr(kvplan, "__version__", "9.9")
+    elif what == "data":
+        monkeypatch.setattr(kvplan.calibrate.prompts, "data_fingerprint", lambda examples: "sha256:other")
+    else:
+        other = {"dtype": replace(spec, dtype="float32"), "model": replace(spec, fingerprint="sha256:other")}[what]
+        monkeypatch.setattr(kvplan.loading, "load_model", lambda *args, **options: (None, None, other))
+    calls = len(faked.calls)
+    capsys.readouterr()
+    assert kvplan_command("worker", "--storage", "s") == 2
+    assert f"was created with another {what} (" in capsys.readouterr().err
+    assert len(faked.calls) == calls
+
+
 def test_prompts_are_cut_and_chosen_as_told(faked: FakeScore, monkeypatch: pytest.MonkeyPatch) -> None:
     import kvplan.calibrate.prompts
 
@@ -242,8 +285,11 @@ def options_of(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("command", "sources"),
     [
-        ("calibrate", ["calibrate/prompts.py", "calibrate/collect.py", "loading.py"]),
-        ("search", ["calibrate/prompts.py", "loading.py", "search/budget.py", "search/journal.py"]),
+        ("calibrate", ["calibrate/prompts.py", "calibrate/shards.py", "calibrate/collect.py", "loading.py"]),
+        (
+            "search",
+            ["calibrate/prompts.py", "loading.py", "search/budget.py", "search/journal.py", "search/storage.py"],
+        ),
         ("run", ["cli/run.py", "calibrate/requests.py", "loading.py", "policy/rules.py"]),
     ],
 )

@@ -160,15 +160,6 @@ def test_a_storage_that_is_no_search_is_refused(tmp_path: Path) -> None:
         run(FakeScore(), storage=tmp_path / "missing" / "study")
 
 
-def test_two_searches_cannot_use_one_storage(tmp_path: Path) -> None:
-    def nested(policy: Policy) -> None:
-        if policy.provenance["search"]["prompts"] == "search":
-            with pytest.raises(StudyError, match="another search is using it"):
-                run(FakeScore(), trials=2, storage=tmp_path / "study")
-
-    run(FakeScore(), trials=2, storage=tmp_path / "study", on_best=nested)
-
-
 def test_the_best_so_far_is_always_on_disk(tmp_path: Path) -> None:
     path, best = tmp_path / "policy.yaml", []
 

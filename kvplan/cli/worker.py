@@ -1,0 +1,103 @@
+"""`kvplan worker`: add trials to a study, from any host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvplan.search.confirm import TrialRow
+
+
+def command(
+    storage: Annotated[
+        str, typer.Option(help="Where the study is: postgresql+psycopg://user@host/database, or a file on this host.")
+    ],
+    study: Annotated[
+        str | None, typer.Option(help="The study's name; a file holds only one.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model is on this host.", show_default="as the search was told")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Where the prompts are; may be repeated.", show_default="as the search was told"),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Add trials to a study that kvplan search has created, until it has all of them.
+
+    Start as many workers as there are devices; one that is killed loses only its trial. The search confirms the best
+    policies and writes the winner.
+    """
+    from kvplan import __version__
+    from kvplan.cli.console import note, stages
+    from kvplan.search.shared import SharedStudy
+    from kvplan.search.storage import open_storage
+
+    with open_storage(storage, note, create=False) as opened:
+        shared = SharedStudy.join(opened, study)
+        from kvplan.search.worker import HINTS, work
+
+        # Says at once what cannot be, before the model is loaded.
+        shared.refuse_other({"kvplan": __version__}, HINTS)
+
+        from kvplan.calibrate.prompts import data_fingerprint, load_examples
+        from kvplan.check.scoring import Scorer
+        from kvplan.demo.data import calib_data_path
+        from kvplan.loading import load_model
+
+        inputs = shared.definition.inputs
+        dtype = shared.identity["dtype"]
+        network, tokenizer, spec = load_model(
+            model or inputs["model"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        known = {"kvplan": __version__, "dtype": spec.dtype, "model": spec.fingerprint}
+        shared.refuse_other(known, HINTS)
+        examples = load_examples(
+            data or inputs["data"] or [calib_data_path("search")],
+            tokenizer,
+            max_prompts=inputs["max_prompts"],
+            max_tokens=inputs["max_tokens"],
+            context_limit=spec.max_context_tokens,
+            column=inputs["column"],
+            split=inputs["split"],
+            seed=shared.definition.seed,
+        )
+        examples = [example for example in examples if example.continuation_ids]
+        known["data"] = data_fingerprint(examples)
+        shared.refuse_other(known, HINTS)
+        scorer = Scorer(network, spec, examples)
+        note(f"joined study '{shared.name}' ({opened.where})")
+        with stages() as report:
+
+            def prepare(prompts: Sequence[int]) -> None:
+                stage = "prefilling prompts"
+                report(stage, 0, len(prompts))
+                scorer.prepare(prompts, lambda done, total: report(stage, done, total))
+                report("searching", 0, shared.total)
+
+            def on_trial(row: TrialRow, best: TrialRow, done: int) -> None:
+                report("searching", min(done, shared.total), shared.total, note=f"best KL {best.kl:.4f}")
+
+            worked = work(
+                shared,
+                spec,
+                scorer.score,
+                identity=known,
+                tasks=[example.task for example in examples],
+                timeout=timeout,
+                on_trial=on_trial,
+                prepare=prepare,
+                say=note,
+            )
+    left = worked.total - worked.done
+    told = "all are done" if left <= 0 else f"{left} are left; start a worker or the search again"
+    note(f"ran {worked.own} of {worked.total} trials; {told}")
