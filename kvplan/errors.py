@@ -7,6 +7,7 @@ KVPlanError (2: usage or configuration)
 ├── MethodError      a method's parameters make no sense, or its name is unknown
 ├── TargetError      a memory target cannot be met
 ├── ProfileError     a profile cannot be read or merged, or belongs to something else
+├── ConfigError      kvplan.toml says something that cannot be
 ├── StudyError       a study cannot be created or resumed
 ├── ResultsError     a results file cannot be read, or two of them cannot be compared
 └── RuntimeLimitError  the runtime was asked for something that it cannot do correctly
@@ -48,6 +49,10 @@ class TargetError(KVPlanError):
 
 class ProfileError(KVPlanError):
     """A profile cannot be read or merged, or belongs to another model."""
+
+
+class ConfigError(KVPlanError):
+    """kvplan.toml cannot be read, or names what does not exist."""
 
 
 class StudyError(KVPlanError):

@@ -226,8 +226,13 @@ def _dtype_name(model: Any) -> str:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No loading bars and no advice; the bars of a download stay."""
+    import logging as standard
+
     from transformers.utils import logging
 
+    if standard.getLogger("kvplan").isEnabledFor(standard.INFO):  # the user wants to hear it
+        yield
+        return
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from kvplan import __version__
-from kvplan.cli import bench, calibrate, policy, profile, run, search, worker
-from kvplan.cli.console import set_quiet
+from kvplan.cli import bench, calibrate, config, doctor, methods, policy, profile, run, search, worker
+from kvplan.cli.console import set_quiet, set_verbose
 from kvplan.cli.exits import run_app
 
 app = typer.Typer(
@@ -34,17 +34,28 @@ def options(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also say what the libraries below say.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (also KVPLAN_DEBUG=1).")] = False,
+    explain_config: Annotated[
+        bool, typer.Option("--explain-config", help="Print each option's value and where it is from; do nothing else.")
+    ] = False,
 ) -> None:
     # `debug` is read by run_app, which also sees failures before this function runs.
     set_quiet(quiet)
+    set_verbose(verbose)
+    config.explain = explain_config
 
 
-app.command("calibrate")(calibrate.command)
-app.command("search")(search.command)
-app.command("worker")(worker.command)
-app.command("run")(run.command)
-app.command("bench")(bench.command)
+for name, module in {
+    "calibrate": calibrate,
+    "search": search,
+    "worker": worker,
+    "run": run,
+    "bench": bench,
+    "methods": methods,
+    "doctor": doctor,
+}.items():
+    app.command(name, cls=config.Command)(module.command)
 app.add_typer(policy.app, name="policy")
 app.add_typer(profile.app, name="profile")
 

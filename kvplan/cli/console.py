@@ -62,6 +62,15 @@ def is_quiet() -> bool:
     return _quiet
 
 
+def set_verbose(verbose: bool) -> None:
+    """With `verbose` the libraries below may talk, on stderr."""
+    if verbose:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("kvplan").setLevel(logging.INFO)
+
+
 def note(message: str) -> None:
     """Talk, on stderr; nothing with --quiet."""
     if not _quiet:

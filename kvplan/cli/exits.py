@@ -18,6 +18,7 @@ from typing import Any
 
 import typer
 
+from kvplan.cli import config
 from kvplan.cli.console import BROKEN_PIPE_EXIT, error, silence_stdout
 from kvplan.errors import KVPlanError
 
@@ -27,7 +28,7 @@ INTERRUPT_EXIT = 130
 TERMINATED_EXIT = 143
 
 # Flags of the whole program, accepted before the command and after it.
-_GLOBAL_FLAGS = ("--debug", "-q", "--quiet")
+_GLOBAL_FLAGS = ("--debug", "-q", "--quiet", "--verbose", "--explain-config")
 
 
 def hoist(argv: Sequence[str], command: Any) -> list[str]:
@@ -96,7 +97,8 @@ def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
 def _run(app: typer.Typer, argv: list[str], received: list[int]) -> int:
     try:
         try:
-            app(args=argv, prog_name="kvplan")
+            config.current = config.load(typer.main.get_command(app))
+            app(args=argv, prog_name="kvplan", default_map=config.current.default_map())
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         finally:

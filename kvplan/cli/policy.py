@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvplan.cli.config import Command
+
 if TYPE_CHECKING:
     from kvplan.policy.memory import BytesPlan
     from kvplan.policy.schema import Policy
@@ -46,7 +48,7 @@ def _where(context: int, new_tokens: int, batch: int) -> str:
     return f"for {rows} of {context} prompt + {new_tokens} new tokens"
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     file: File,
     context: Annotated[
@@ -69,7 +71,7 @@ def _planned_tokens(policy: Policy) -> int | None:
     return tokens if type(tokens) is int and tokens > 0 else None
 
 
-@app.command()
+@app.command(cls=Command)
 def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Policy files.")]) -> None:
     """Check policy files; every problem in every file is reported."""
     from kvplan.errors import KVPlanError, PolicyError
@@ -89,7 +91,7 @@ def validate(files: Annotated[list[Path], typer.Argument(metavar="FILE", help="P
         raise PolicyError(problems)
 
 
-@app.command()
+@app.command(cls=Command)
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A policy file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
@@ -113,7 +115,7 @@ def diff(
         _print(report.diff(found, plan_a, plan_b, _where(context, new_tokens, batch)))
 
 
-@app.command("bytes")
+@app.command("bytes", cls=Command)
 def bytes_(
     file: File, context: Context = CONTEXT, new_tokens: NewTokens = 0, batch: Batch = 1, as_json: AsJson = False
 ) -> None:
@@ -143,7 +145,7 @@ def bytes_(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def schema() -> None:
     """Print the JSON Schema of policy files, for editors."""
     from kvplan.policy.serialize import json_schema

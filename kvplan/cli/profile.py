@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from kvplan.cli.config import Command
+
 app = typer.Typer(no_args_is_help=True, help="Show profiles and merge those of several shards of prompts.")
 
 
-@app.command()
+@app.command(cls=Command)
 def merge(
     profiles: Annotated[
         list[Path], typer.Argument(metavar="PROFILE", help="Profiles of one model on different prompts.")
@@ -43,7 +45,7 @@ def merge(
     note(f"{output}: {describe(merged)}; its times are sums over the {len(profiles)} profiles")
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

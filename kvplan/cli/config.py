@@ -1,0 +1,184 @@
+"""Where options come from: command line > KVPLAN_* variables > kvplan.toml > their defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand
+
+from kvplan.errors import ConfigError
+
+FILE = "kvplan.toml"
+PREFIX = "KVPLAN"
+# A file that comes with somebody else's folder must not make their code run.
+_NEVER_IN_FILE = ("trust_remote_code",)
+_OTHER_VARIABLES = {"KVPLAN_CONFIG", "KVPLAN_DEBUG", "KVPLAN_TORCH"}
+_NO_OPTIONS = {"help", "version"}
+
+explain = False  # --explain-config was given
+
+
+@dataclass
+class Config:
+    """Values of options that neither the command line nor a default gave.
+
+    Attributes:
+        values: Command path (`("policy", "show")`) -> parameter -> value.
+        origins: Command path and parameter -> where the value is from.
+    """
+
+    values: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
+    origins: dict[tuple[tuple[str, ...], str], str] = field(default_factory=dict)
+
+    def set(self, path: tuple[str, ...], name: str, value: Any, origin: str) -> None:
+        self.values.setdefault(path, {})[name] = value
+        self.origins[path, name] = origin
+
+    def default_map(self) -> dict[str, Any]:
+        """As click wants it: nested by command."""
+        nested: dict[str, Any] = {}
+        for path, values in self.values.items():
+            at = nested
+            for word in path:
+                at = at.setdefault(word, {})
+            at.update(values)
+        return nested
+
+
+current = Config()
+
+
+class Command(TyperCommand):
+    """A command that can say where each of its options comes from instead of running."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if not explain:
+            return super().invoke(ctx)
+        path = tuple(ctx.command_path.split()[1:])
+        rows = [(_spelled(p), _shown(ctx.params.get(p.name)), _origin(ctx, path, p)) for p in self.params if p.name]
+        width = max(len(name) for name, _, _ in rows)
+        for name, value, origin in rows:
+            print(f"{name:{width}}  {value}  ({origin})")
+        return None
+
+
+def load(root: Any, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read kvplan.toml and the KVPLAN_* variables for the commands of `root`.
+
+    A value may stand for one command (`[search] trials`, `KVPLAN_SEARCH_TRIALS`) or for all that have such an option
+    (`model`, `KVPLAN_MODEL`).
+
+    Args:
+        root: The click group.
+        environ: The variables; `KVPLAN_CONFIG` names another file.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a command or option that does not exist.
+    """
+    commands = dict(_commands(root, ()))
+    config = Config()
+    named = environ.get("KVPLAN_CONFIG")
+    file = Path(named) if named else Path(FILE)
+    if named or file.is_file():
+        _from_file(config, commands, file)
+    for path, params in commands.items():
+        for name, param in params.items():
+            for variable in (f"{PREFIX}_{name}".upper(), "_".join([PREFIX, *path, name]).upper().replace("-", "_")):
+                if variable in environ and variable not in _OTHER_VARIABLES:
+                    text = environ[variable]
+                    value = [part.strip() for part in text.split(",")] if _is_list(param) else text
+                    config.set(path, name, value, variable)
+    return config
+
+
+def _from_file(config: Config, commands: Mapping[tuple[str, ...], Mapping[str, Any]], file: Path) -> None:
+    import tomllib
+
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not TOML ({error})") from error
+    for key, value in data.items():
+        if isinstance(value, dict):
+            _table(config, commands, file, (key,), value)
+        else:
+            paths = [path for path, params in commands.items() if _name(key) in params]
+            if not paths:
+                known = sorted({name for params in commands.values() for name in params})
+                raise ConfigError(f"{file}: {_unknown('option', key, [name.replace('_', '-') for name in known])}")
+            for path in paths:
+                if (path, _name(key)) not in config.origins:  # a table of the command says more
+                    _put(config, file, path, key, value, commands[path])
+
+
+def _table(
+    config: Config, commands: Mapping[tuple[str, ...], Mapping[str, Any]], file: Path, path: tuple[str, ...], data: Any
+) -> None:
+    if not any(known[: len(path)] == path for known in commands):
+        groups = sorted({" ".join(known) for known in commands})
+        raise ConfigError(f"{file}: {_unknown('command', ' '.join(path), groups)}")
+    for key, value in data.items():
+        if isinstance(value, dict):
+            _table(config, commands, file, (*path, key), value)
+        elif path not in commands or _name(key) not in commands[path]:
+            known = [name.replace("_", "-") for name in commands.get(path, {})]
+            raise ConfigError(f"{file}: [{'.'.join(path)}] {_unknown('option', key, known)}")
+        else:
+            _put(config, file, path, key, value, commands[path])
+
+
+def _put(config: Config, file: Path, path: tuple[str, ...], key: str, value: Any, params: Mapping[str, Any]) -> None:
+    name = _name(key)
+    if name in _NEVER_IN_FILE:
+        raise ConfigError(f"{file}: {key} cannot be set in a file; give --{key.replace('_', '-')} on the command line")
+    many = _is_list(params[name])
+    if isinstance(value, list) != many and not (many and isinstance(value, str)):
+        raise ConfigError(f"{file}: {key} is {value!r}; it takes {'a list' if many else 'one value'}")
+    values = [value] if many and isinstance(value, str) else value
+    config.set(path, name, values, f"{file} [{'.'.join(path)}]" if path else str(file))
+
+
+def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Each command's path with its options by name."""
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from _commands(sub, (*path, name))
+    if path and not getattr(command, "commands", {}):
+        options = {p.name: p for p in command.params if p.param_type_name == "option" and p.name not in _NO_OPTIONS}
+        yield path, options
+
+
+def _origin(ctx: Any, path: tuple[str, ...], param: Any) -> str:
+    source = ctx.get_parameter_source(param.name)
+    if source is not None and source.name == "COMMANDLINE":
+        return "command line"
+    return current.origins.get((path, param.name), "default")
+
+
+def _spelled(param: Any) -> str:
+    return max(param.opts, key=len) if param.param_type_name == "option" else param.name.upper()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _is_list(param: Any) -> bool:
+    return bool(getattr(param, "multiple", False))
+
+
+def _name(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    from kvplan.registry import unknown
+
+    return unknown(kind, name, known)
