@@ -12,6 +12,7 @@ from pathlib import Path
 from kvplan.calibrate.precision import CODECS, Precision, storable
 from kvplan.calibrate.profile import Profile
 from kvplan.calibrate.prompts import load_examples, read_records
+from kvplan.check.baselines import Baseline
 from kvplan.check.comparison import Row, compare
 from kvplan.check.scoring import Scorer
 from kvplan.cli.console import err, out, progress
@@ -19,15 +20,12 @@ from kvplan.demo.data import calib_data_path
 from kvplan.files import write_text
 from kvplan.loading import load_model
 from kvplan.methods.evictors import evictors
-from kvplan.policy.schema import FULL, LayerPolicy, Policy, Target
+from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.policy.serialize import load_policy
 from kvplan.report.comparison import markdown, table
-from kvplan.search.allocators import allocators
-from kvplan.search.budget import Protection
-from kvplan.search.compile import budget_for
-from kvplan.search.method import joined, named
-from kvplan.search.project import project
-from kvplan.units import BASIS_POINTS, parse_share
+from kvplan.search.compile import mean_prompt_tokens
+from kvplan.search.method import joined
+from kvplan.units import parse_share
 
 TARGET = "40%"
 HELDOUT_PROMPTS = 90
@@ -42,29 +40,6 @@ def kvplan(*args: str) -> None:
         sys.exit(done.returncode)
 
 
-def recipe(profile: Profile, share: int, allocator: str, name: str) -> Policy:
-    """One method everywhere, the slots split by an allocator, at the target's bytes (side arrays and scales included).
-
-    A codec that stores the whole prompt in fewer bytes than the target is `full`, and holds less.
-    """
-    spec, method, protection = profile.spec, named(name), Protection()
-    budget = budget_for(profile, spec, Target(share=share), protection)
-    layers = budget.layers
-    raw = allocators[allocator]().split([profile.importance[i] for i in layers], share / BASIS_POINTS)
-    units = project(
-        raw,
-        [budget.cost(i, method) for i in layers],
-        budget.total,
-        [budget.floor(i, method) for i in layers],
-        [budget.cap(i, method) for i in layers],
-    )
-    plans = {
-        i: method.layer(budget.slots(u, i, method), min_slots=protection.min_slots)
-        for i, u in zip(layers, units, strict=True)
-    }
-    return Policy(layers=tuple(plans.get(i, LayerPolicy(slots=FULL)) for i in range(spec.num_layers)))
-
-
 def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int = HELDOUT_PROMPTS) -> list[Row]:
     """Full cache, the policy, and every recipe at the same bytes, on prompts that no step has seen."""
     model, tokenizer, spec = load_model(None)
@@ -74,16 +49,16 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
     policies = {"full cache": Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers), "kvplan": policy}
     # An evictor without a fixed budget (corm) holds what it likes: it has no policy of the same bytes.
     budgeted = [name for name in evictors if evictors[name]().forgets_after is None]
-    policies |= {
-        f"{label} {name}": recipe(profile, share, allocator, name)
-        for allocator, label in LABELS.items()
-        for name in budgeted
+    baselines = {
+        f"{label} {name}": Baseline(allocator, name, share) for allocator, label in LABELS.items() for name in budgeted
     }
-    policies |= {
-        f"uniform {codec}": recipe(profile, share, "uniform", joined("streaming", both))
+    baselines |= {
+        f"uniform {codec}": Baseline("uniform", joined("streaming", both), share)
         for codec in CODECS
         if storable(both := Precision(codec, codec), spec)
     }
+    context = mean_prompt_tokens(profile)
+    policies |= {name: made.policy(spec, context, profile.importance) for name, made in baselines.items()}
     with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))
     splits = [

@@ -183,10 +183,14 @@ class Compiler:
 
 def budget_for(profile: Profile, spec: ModelSpec, target: Target, protection: Protection) -> Budget:
     """The target's budget, counted at its context or else at the mean length of the profile's prompts."""
-    statistics = profile.statistics
-    mean_tokens = -(-statistics.num_tokens // max(statistics.num_prompts, 1))
-    context = target.context_tokens or mean_tokens
+    context = target.context_tokens or mean_prompt_tokens(profile)
     return Budget(spec=spec, target=target, context_tokens=context, protection=protection)
+
+
+def mean_prompt_tokens(profile: Profile) -> int:
+    """Of the prompts that the profile was measured on, rounded up."""
+    statistics = profile.statistics
+    return -(-statistics.num_tokens // max(statistics.num_prompts, 1))
 
 
 def _rounding(profile: Profile, wanted: Sequence[str] | None) -> dict[Precision, list[float]]:

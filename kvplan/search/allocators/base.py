@@ -10,9 +10,13 @@ from kvplan.registry import Registry
 
 
 class Allocator(ABC):
-    """Splits a mean share over layers. Floors, caps and exact integers are the projection's business."""
+    """Splits a mean share over layers. Floors, caps and exact integers are the projection's business.
+
+    `needs_importance`: whether the split goes by the layers' importance, so that a profile must be there.
+    """
 
     name: ClassVar[str]
+    needs_importance: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, importance: Sequence[float], mean_share: float) -> list[float]:

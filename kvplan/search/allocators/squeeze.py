@@ -25,6 +25,8 @@ class Squeeze(Allocator):
         MethodError: `squeezed_part` is not between 0 and 1.
     """
 
+    needs_importance = True
+
     squeezed_part: float = 0.38
 
     def __post_init__(self) -> None:
