@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from kvplan.calibrate.datasets_source import first_line, load_dataset_split
 from kvplan.errors import DataError, KVPlanError
 from kvplan.files import read_text
 
@@ -28,10 +29,11 @@ _FIELD_TYPES = {
     "prompt": str,
     "messages": list,
     "answer": str,
+    "answers": list,
+    "scorer": str,
     "max_new_tokens": int,
     "question_aware": bool,
 }
-_LOADERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Span = tuple[int, int]
 
@@ -46,7 +48,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a JSON-lines file: either a `prompt` or `messages`. `where` is its `file:line`."""
+    """One line of a JSON-lines file: either a `prompt` or `messages`.
+
+    Attributes:
+        where: Its `file:line`.
+        answers: What else counts as right, `answer` included; for the only answer of a record.
+        scorer: What judges the generated answers, by name; None: whether every token of the answer is predicted.
+    """
 
     id: str
     task: str
@@ -56,6 +64,8 @@ class Record:
     answer: str | None = None
     max_new_tokens: int | None = None
     question_aware: bool = False
+    answers: tuple[str, ...] = ()
+    scorer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class Example:
         question_aware: The prompt already holds the question.
         text: The prompt as text.
         max_new_tokens: How much to generate, where the record says so.
+        references: The texts that count as right, for each of `answers`.
+        scorer: What judges generated answers, where the record says so.
     """
 
     id: str
@@ -81,10 +93,12 @@ class Example:
     question_aware: bool
     text: str
     max_new_tokens: int | None
+    references: tuple[tuple[str, ...], ...] = ()
+    scorer: str | None = None
 
 
 @dataclass(frozen=True)
-class _Limits:
+class Limits:
     """Lengths in tokens. `window` is the longest text taken whole from a source without records."""
 
     max_tokens: int | None
@@ -137,7 +151,7 @@ def load_examples(
         raise DataError(f"--max-tokens {max_tokens} is more than the model's context of {context_limit} tokens")
     if not sources:
         raise DataError("no prompts were given")
-    limits = _Limits(max_tokens, context_limit, continuation_tokens)
+    limits = Limits(max_tokens, context_limit, continuation_tokens)
     loaded = [_load(str(source), tokenizer, limits, max_prompts, column, split, seed) for source in sources]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*loaded))
     examples = [example for example in turns if example is not None][:max_prompts]
@@ -148,7 +162,7 @@ def load_examples(
 def _load(
     source: str,
     tokenizer: Any,
-    limits: _Limits,
+    limits: Limits,
     max_prompts: int | None,
     column: str | None,
     split: str | None,
@@ -194,7 +208,7 @@ def read_records(path: str | Path) -> list[Record]:
         try:
             data = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({_line(error)})") from error
+            raise DataError(f"{where}: not JSON ({first_line(error)})") from error
         record = parse_record(data, where)
         if record.id in seen:
             raise DataError(f"{where}: id {record.id!r} was used before, at {seen[record.id]}")
@@ -235,7 +249,22 @@ def parse_record(data: Any, where: str) -> Record:
         raise DataError(f"{where}: 'answer' goes with 'prompt'; in 'messages' the assistant's turns are the answers")
     messages = _parse_messages(data["messages"], where) if "messages" in data else ()
     known = {name: value for name, value in data.items() if name in _FIELD_TYPES}
+    if "answers" in data:
+        known |= _parse_answers(data, messages, where)
     return Record(**{**known, "messages": messages}, where=where)
+
+
+def _parse_answers(data: Any, messages: tuple[Message, ...], where: str) -> dict[str, Any]:
+    """`answers`, and the `answer` that is predicted token by token: the first of them, unless one is given."""
+    answers = data["answers"]
+    for i, answer in enumerate(answers):
+        _check_type(answer, str, f"{where}: answers[{i}]")
+        check_text(answer, f"{where}: answers[{i}]")
+    if not answers or not all(answer.strip() for answer in answers):
+        raise DataError(f"{where}: answers: is empty, or holds an empty text")
+    if messages and sum(m.role == "assistant" for m in messages) != 1:
+        raise DataError(f"{where}: 'answers' are of one answer; these messages do not have exactly one")
+    return {"answers": tuple(answers), **({} if messages else {"answer": data.get("answer", answers[0])})}
 
 
 def _parse_messages(items: list[Any], where: str) -> tuple[Message, ...]:
@@ -301,7 +330,7 @@ def _refuse_duplicates(ids: Iterable[str]) -> None:
 # Records to tokens
 
 
-def to_example(record: Record, tokenizer: Any, limits: _Limits | None = None) -> Example:
+def to_example(record: Record, tokenizer: Any, limits: Limits | None = None) -> Example:
     """Tokenize one record.
 
     Messages: the first is the prompt (with a system message before it, if any), the rest the continuation, the
@@ -311,17 +340,19 @@ def to_example(record: Record, tokenizer: Any, limits: _Limits | None = None) ->
     Raises:
         DataError: the record is longer than the context, or the chat template cannot render it.
     """
-    limits = limits or _Limits(None, None, 64)
+    limits = limits or Limits(None, None, 64)
     prompt, pieces = segments(record, tokenizer)
     prompt_ids = _cut(encode_prompt(tokenizer, prompt, rendered=_is_chat(record, tokenizer)), limits.max_tokens)
     text = prompt
     continuation: list[int] = []
     answers: list[Span] = []
+    references: list[tuple[str, ...]] = []
     for piece, is_answer in pieces:
         start = len(continuation)
         continuation += encode(tokenizer, piece)
         if is_answer:
             answers.append((start, len(continuation)))
+            references.append(record.answers or (piece.strip(),))
     _check_length(record.where, len(prompt_ids) + len(continuation), limits)
     if not continuation:
         prompt_ids, continuation = _halve(prompt_ids, limits.continuation, record.where)
@@ -335,6 +366,8 @@ def to_example(record: Record, tokenizer: Any, limits: _Limits | None = None) ->
         question_aware=record.question_aware,
         text=text,
         max_new_tokens=record.max_new_tokens,
+        references=tuple(references),
+        scorer=record.scorer,
     )
 
 
@@ -399,7 +432,7 @@ def apply_template(record: Record, tokenizer: Any, turns: list[dict[str, str]], 
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # A template is a program of its author's and may raise anything.
-        problem = f"the tokenizer's chat template cannot render these messages ({_line(error)})"
+        problem = f"the tokenizer's chat template cannot render these messages ({first_line(error)})"
         raise DataError(f"{record.where}: {problem}") from error
 
 
@@ -432,7 +465,7 @@ def _cut(ids: list[int], max_tokens: int | None) -> list[int]:
     return ids if max_tokens is None else ids[-max_tokens:]
 
 
-def _check_length(where: str, num_tokens: int, limits: _Limits) -> None:
+def _check_length(where: str, num_tokens: int, limits: Limits) -> None:
     if limits.context is not None and num_tokens > limits.context:
         cut = limits.max_tokens is not None
         hint = "lower --max-tokens" if cut else "--max-tokens N keeps the last N tokens of each prompt"
@@ -450,7 +483,7 @@ def _halve(ids: list[int], continuation_tokens: int, where: str) -> tuple[list[i
 # Plain text and datasets
 
 
-def _windows(source: str, text: str, tokenizer: Any, limits: _Limits, *, keep_short: bool) -> Iterator[Example]:
+def _windows(source: str, text: str, tokenizer: Any, limits: Limits, *, keep_short: bool) -> Iterator[Example]:
     """Consecutive windows of a text; one shorter than `MIN_WINDOW_TOKENS` only if alone and `keep_short`."""
     ids = encode(tokenizer, text)
     start_ids = encode_prompt(tokenizer, "a", rendered=False)[: -len(encode(tokenizer, "a")) or None]
@@ -466,9 +499,9 @@ def _windows(source: str, text: str, tokenizer: Any, limits: _Limits, *, keep_sh
 
 
 def _dataset_examples(
-    source: str, tokenizer: Any, limits: _Limits, max_prompts: int, column: str | None, split: str | None, seed: int
+    source: str, tokenizer: Any, limits: Limits, max_prompts: int, column: str | None, split: str | None, seed: int
 ) -> list[Example]:
-    rows = _load_dataset(source, split)
+    rows = load_dataset_split(source, split)
     column = column or "text"
     if column not in rows.column_names:
         known = ", ".join(rows.column_names)
@@ -486,36 +519,3 @@ def _dataset_examples(
     if not examples:
         raise DataError(f"{source}: no row of {column!r} has {MIN_WINDOW_TOKENS} tokens or more")
     return examples[:max_prompts]
-
-
-def _load_dataset(source: str, split: str | None) -> Any:
-    """One split of a local file, a local folder or a hub dataset."""
-    path = Path(source)
-    loader = _LOADERS.get(path.suffix.lower())
-    if loader and not path.is_file():
-        raise DataError(f"{source}: no such file")
-    if path.is_file() and not loader:
-        raise DataError(f"{source}: unknown kind of file (known: .jsonl, .txt, {', '.join(_LOADERS)})")
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    # A folder by its full name; "." would be taken for a dataset without a name.
-    name = str(path.resolve()) if path.is_dir() else source
-    try:
-        found = datasets.load_dataset(loader, data_files=str(path)) if loader else datasets.load_dataset(name)
-    except Exception as error:  # Network, hub, parser: whatever it was, the user gets its first line.
-        hint = "" if path.exists() else "; check the name, or give a local file when offline"
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise DataError(f"{source}: cannot load this dataset ({_line(cause)}){hint}") from error
-    splits = list(found)
-    if split is None and len(splits) == 1:
-        return found[splits[0]]
-    if split not in splits:
-        chosen = "choose one with --split" if split is None else f"no split {split!r}"
-        raise DataError(f"{source}: {chosen} (splits: {', '.join(splits)})")
-    return found[split]
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
