@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from kvplan.check.timing import Spread, in_turn, ratio, seconds
+from kvplan.check.cost import decode_seconds, dynamic_cache, prefilled
+from kvplan.check.timing import Spread, in_turn, ratio
 from kvplan.errors import RuntimeLimitError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import Policy
 from kvplan.runtime.attach import attach, full_policy
-from kvplan.runtime.replay import PromptCapture, capture, prefill, replay
+from kvplan.runtime.replay import capture
 
 FULL, POOL, CUT, POLICY = "DynamicCache", "kvplan, full", "DynamicCache, cut", "policy"
 
@@ -83,28 +83,16 @@ def bench(
     kept = min(context, max(1, round(context * planned.ratio)))
     held: dict[str, int] = {}
 
-    def steps(cache: Any) -> float:
-        def run() -> None:
-            for step in range(new_tokens):
-                at = torch.full((batch, 1), context + step, device=ids.device)
-                model(input_ids=ids[:, step % context, None], position_ids=at, past_key_values=cache)
-
-        return seconds(run, ids.device)
-
     def own(name: str, tokens: int) -> float:
-        cache = _dynamic(model, prompt, tokens)
-        spent = steps(cache)
+        cache = dynamic_cache(model, prompt, tokens)
+        spent = decode_seconds(model, cache, ids, new_tokens)
         held[name] = sum(_bytes(t) for layer in cache.layers for t in (layer.keys, layer.values))
         return spent
 
     def under(name: str, used: Policy) -> float:
         with attach(model, used, spec) as runtime:
-            if used.chunked or any(layer.shares is not None for layer in used.layers):
-                cache = runtime.new_cache()
-                prefill(runtime, cache, ids, prompt.valid)
-            else:
-                cache = replay(runtime, prompt)
-            spent = steps(cache)
+            cache = prefilled(runtime, prompt, ids)
+            spent = decode_seconds(model, cache, ids, new_tokens)
             held[name] = cache.kv_bytes
         return spent
 
@@ -123,14 +111,6 @@ def _rows(times: Mapping[str, list[float]], held: Mapping[str, int], full: int, 
         Measured(name, Spread.of([tokens / s for s in spent]), ratio(times[FULL], spent), held[name], full)
         for name, spent in times.items()
     ]
-
-
-def _dynamic(model: Any, prompt: PromptCapture, tokens: int) -> DynamicCache:
-    """Transformers' own cache with the last tokens of the prompt."""
-    cache = DynamicCache(config=model.config)
-    for index, layer in enumerate(prompt.layers):
-        cache.update(layer.keys[:, :, -tokens:].clone(), layer.values[:, :, -tokens:].clone(), index)
-    return cache
 
 
 def _bytes(tensor: Tensor) -> int:

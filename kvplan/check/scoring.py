@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from kvplan.calibrate.prompts import Example
+from kvplan.check.decode import copied, greedy
 from kvplan.errors import DataError
 from kvplan.loading import check_tokens
 from kvplan.model_spec import ModelSpec
+from kvplan.policy.memory import plan
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
-from kvplan.runtime.attach import attach
+from kvplan.runtime.attach import Runtime, attach
 from kvplan.runtime.cache import PolicyCache
-from kvplan.runtime.replay import PromptCapture, capture, forward, prefill, replay
+from kvplan.runtime.replay import PromptCapture, capture, forward, must_prefill, prefill, replay
 from kvplan.stats import PromptScores
+
+Answers = tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -43,12 +47,46 @@ class _Batch:
 
 
 @dataclass(frozen=True)
+class PromptBytes:
+    """One prompt's cache right after the prompt: what the policy promises, what is held, what a full cache holds."""
+
+    planned: int
+    held: int
+    full: int
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Scores together with the storage bytes that the caches really held after the prompts."""
+    """Scores together with the storage bytes that the caches really held after the prompts.
+
+    Attributes:
+        bytes: One entry per prompt.
+        answers: Likewise: the tokens generated for each of its answers (once, if it has none), where asked for.
+    """
 
     scores: PromptScores
-    kv_bytes: int
-    full_kv_bytes: int
+    bytes: tuple[PromptBytes, ...]
+    answers: tuple[Answers, ...]
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(b.held for b in self.bytes)
+
+    @property
+    def full_kv_bytes(self) -> int:
+        return sum(b.full for b in self.bytes)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One prompt under one policy."""
+
+    kl: float
+    top1: float
+    task: float
+    nll: float
+    bytes: PromptBytes
+    answers: Answers
 
 
 class Scorer:
@@ -62,7 +100,9 @@ class Scorer:
         spec: Its shape.
         examples: The prompts.
         batch_tokens: Most prompt tokens that are run together, padding included; a longer prompt runs alone.
-        keep: Keep captured prompts for the next policy. Turn off to score one policy on many prompts.
+        keep: Keep captured prompts for the next call. Turn off to measure many prompts once.
+        generate: Index of an example -> most new tokens of each of its answers, for those whose answers `measure` also
+            generates: greedily, on the compressed cache, the earlier answers being the true ones.
     """
 
     def __init__(
@@ -74,6 +114,7 @@ class Scorer:
         batch_tokens: int = 16384,
         keep: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        generate: Mapping[int, int] | None = None,
     ) -> None:
         empty = next((e for e in examples if not e.continuation_ids), None)
         if empty is not None:
@@ -82,7 +123,8 @@ class Scorer:
             check_tokens(model, [*example.prompt_ids, *example.continuation_ids], f"prompt {example.id!r}")
         self.model, self.spec, self.examples = model, spec, list(examples)
         self._full = Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers)
-        self._groups = _groups([len(e.prompt_ids) for e in self.examples], batch_tokens)
+        self._generate = dict(generate or {})
+        self._groups = _groups([len(e.prompt_ids) for e in self.examples], batch_tokens, set(self._generate))
         self._batches: dict[tuple[int, ...], _Batch] = {}
         self._keep, self._progress = keep, progress
 
@@ -108,20 +150,21 @@ class Scorer:
 
     def measure(self, policy: Policy, indices: Sequence[int] | None = None) -> Measured:
         """Scores, and bytes counted in the caches' storage right after the prompts."""
+        return self.measure_all([policy], indices)[0]
+
+    def measure_all(self, policies: Sequence[Policy], indices: Sequence[int] | None = None) -> list[Measured]:
+        """Every policy on a batch of prompts before the next batch is prefilled."""
         wanted = list(range(len(self.examples))) if indices is None else list(indices)
-        rows: dict[int, tuple[float, float, float, float]] = {}
-        kv_bytes = full_bytes = 0
+        found: list[dict[int, _Row]] = [{} for _ in policies]
         for part in self._parts(wanted):
             batch = self._batch(part)
-            # Where a prompt's chunks end, and so what they evict, would depend on the padding before it.
-            for piece in batch.rows() if policy.chunked else [batch]:
-                found, held, full = self._score_batch(policy, piece)
-                rows.update(found)
-                kv_bytes, full_bytes = kv_bytes + held, full_bytes + full
+            for policy, rows in zip(policies, found, strict=True):
+                # Where a prompt's chunks end, and so what they evict, would depend on the padding before it.
+                for piece in batch.rows() if policy.chunked else [batch]:
+                    rows.update(self._score_batch(policy, piece))
             if self._progress is not None:
-                self._progress(len(rows), len(set(wanted)))
-        columns = list(zip(*(rows[i] for i in wanted), strict=True))
-        return Measured(PromptScores(*(tuple(c) for c in columns)), kv_bytes, full_bytes)
+                self._progress(len(found[0]), len(set(wanted)))
+        return [_gathered([rows[i] for i in wanted]) for rows in found]
 
     def _parts(self, indices: Sequence[int] | None) -> list[list[int]]:
         """The wanted examples of each group, where there are any."""
@@ -157,17 +200,13 @@ class Scorer:
         return torch.cat([first, logits], 1).log_softmax(-1)
 
     @torch.no_grad()
-    def _score_batch(
-        self, policy: Policy, batch: _Batch
-    ) -> tuple[dict[int, tuple[float, float, float, float]], int, int]:
+    def _score_batch(self, policy: Policy, batch: _Batch) -> dict[int, _Row]:
         with attach(self.model, policy, self.spec) as runtime:
-            if policy.chunked or any(layer.shares is not None for layer in policy.layers):
-                cache = runtime.new_cache()
-                last = prefill(runtime, cache, batch.ids, batch.prompt.valid)
-            else:
-                cache, last = replay(runtime, batch.prompt), batch.prompt.last_logits
-            held, full = cache.kv_bytes, cache.full_kv_bytes
+            cache, last = _compressed(runtime, batch)
+            held = _bytes(runtime, cache)
             found = self._continue(runtime, cache, batch, last)
+            most = self._generate.get(batch.indices[0])
+            answers = () if most is None else self._answers(runtime, batch, most)
         kl = (batch.reference.exp() * (batch.reference - found)).sum(-1)
         agree = found.argmax(-1) == batch.reference.argmax(-1)
         right = found.argmax(-1) == batch.continuation
@@ -176,22 +215,65 @@ class Scorer:
         for row, index in enumerate(batch.indices):
             example = self.examples[index]
             n = len(example.continuation_ids)
-            answers = [bool(right[row, a:b].all()) for a, b in example.answers]
-            rows[index] = (
-                kl[row, :n].double().mean().clamp(min=0).item(),
-                agree[row, :n].double().mean().item(),
-                sum(answers) / len(answers) if answers else float("nan"),
-                nll[row, :n].double().mean().item(),
+            exact = [bool(right[row, a:b].all()) for a, b in example.answers]
+            rows[index] = _Row(
+                kl=kl[row, :n].double().mean().clamp(min=0).item(),
+                top1=agree[row, :n].double().mean().item(),
+                task=sum(exact) / len(exact) if exact else float("nan"),
+                nll=nll[row, :n].double().mean().item(),
+                bytes=held[row],
+                answers=answers,
             )
-        return rows, held, full
+        return rows
+
+    def _answers(self, runtime: Runtime, batch: _Batch, most: int) -> Answers:
+        """What is generated for each answer of a prompt that is a batch of its own."""
+        (index,) = batch.indices
+        example = self.examples[index]
+        cache, logits = _compressed(runtime, batch)
+        starts, fed, found = [a for a, _ in example.answers] or [0], 0, []
+        for start in starts:
+            if start > fed:
+                at = torch.arange(fed, start, device=batch.ids.device)[None] + len(example.prompt_ids)
+                logits = forward(runtime, cache, batch.continuation[:, fed:start], at, None)[:, -1]
+                fed = start
+            # Later questions follow the true answer, the same one under every policy.
+            own = cache if start == starts[-1] else copied(cache)
+            found.append(greedy(runtime, own, logits, len(example.prompt_ids) + fed, most))
+        return tuple(found)
 
 
-def _groups(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+def _compressed(runtime: Runtime, batch: _Batch) -> tuple[PolicyCache, Tensor]:
+    """The cache that the policy leaves after the prompts, and the logits [B, V] that follow them."""
+    if must_prefill(runtime.policy):
+        cache = runtime.new_cache()
+        return cache, prefill(runtime, cache, batch.ids, batch.prompt.valid)
+    return replay(runtime, batch.prompt), batch.prompt.last_logits
+
+
+def _bytes(runtime: Runtime, cache: PolicyCache) -> list[PromptBytes]:
+    planned = [plan(runtime.policy, runtime.spec, [tokens], cache.appended) for tokens in cache.prompt_lengths]
+    return [PromptBytes(p.total, cache.row_bytes(row), p.full) for row, p in enumerate(planned)]
+
+
+def _gathered(rows: Sequence[_Row]) -> Measured:
+    scores = PromptScores(
+        kl=tuple(r.kl for r in rows),
+        top1=tuple(r.top1 for r in rows),
+        task=tuple(r.task for r in rows),
+        nll=tuple(r.nll for r in rows),
+    )
+    return Measured(scores, tuple(r.bytes for r in rows), tuple(r.answers for r in rows))
+
+
+def _groups(lengths: list[int], batch_tokens: int, alone: Container[int]) -> list[list[int]]:
     """Indices of prompts of similar length that share a batch, whatever order they are asked for in."""
     groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+    for index in sorted(range(len(lengths)), key=lambda i: (i in alone, lengths[i])):
+        if index in alone:
+            groups.append([index])
         # Sorted by length, so this prompt is the longest of its batch so far.
-        if groups and (len(groups[-1]) + 1) * lengths[index] <= batch_tokens:
+        elif groups and (len(groups[-1]) + 1) * lengths[index] <= batch_tokens:
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -24,7 +25,16 @@ from kvplan.policy.schema import FORMAT_VERSION, LayerPolicy, Policy, Target, st
 from kvplan.policy.yaml_text import Document, Dumper, read
 from kvplan.units import format_share
 
-__all__ = ["check_model", "check_policy", "dump_policy", "json_schema", "load_policy", "parse_policy", "save_policy"]
+__all__ = [
+    "check_model",
+    "check_policy",
+    "dump_policy",
+    "json_schema",
+    "load_policy",
+    "parse_policy",
+    "policy_fingerprint",
+    "save_policy",
+]
 
 # What a `model:` block must state, of all layers alike, so that layers can be checked against it.
 _DESCRIBED = {"layers": int, "kv_heads": int, "head_dim": int, "dtype": str}
@@ -208,6 +218,12 @@ def dump_policy(policy: Policy) -> str:
         block = {"provenance": _plain(policy.provenance, "provenance")}
         lines.append(yaml.dump(block, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip("\n"))
     return "\n".join(lines) + "\n"
+
+
+def policy_fingerprint(policy: Policy) -> str:
+    """sha256 over what the policy does, whatever it is called, made for or made by."""
+    does = dump_policy(Policy(layers=policy.layers, prefill_chunk_tokens=policy.prefill_chunk_tokens))
+    return "sha256:" + hashlib.sha256(does.encode()).hexdigest()[:32]
 
 
 def layer_block(layer: LayerPolicy) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def generate(
         raise RuntimeLimitError(
             f"the model's scores are nan or infinite in {runtime.spec.dtype}; try another --dtype or --temperature"
         ) from error
-    ends = _end_tokens(runtime.model)
+    ends = end_tokens(runtime.model)
     report, held = cache.report(), [cache.row_bytes(row) for row in range(len(prompts))]
     if sum(held) != report["kv_bytes"]:
         raise MemoryPlanExceeded(f"the rows hold {sum(held)} bytes, their buffers {report['kv_bytes']}")
@@ -180,7 +180,8 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[
     return ids.to(device), mask.to(device)
 
 
-def _end_tokens(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
+    """The tokens with which the model ends a text."""
     ends = model.generation_config.eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 

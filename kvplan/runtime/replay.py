@@ -73,6 +73,11 @@ class PromptCapture:
         return captured.stats[asked]
 
 
+def must_prefill(policy: Policy) -> bool:
+    """Whether a policy changes what its own prompt pass computes, so that no captured prompt can stand for it."""
+    return policy.chunked or any(layer.shares is not None for layer in policy.layers)
+
+
 def capture(model: Any, policy: Policy, spec: Any, ids: Tensor, valid: Tensor) -> PromptCapture:
     """Prefill a left-padded batch with everything kept.
 
