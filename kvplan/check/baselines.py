@@ -82,7 +82,9 @@ class Baseline:
             )
         method, protection = named(self.method), Protection()
         if not storable(method.precision, spec):
-            raise MethodError(f"baseline '{self.name}': {method.precision} cannot store this model's heads in fewer bytes")
+            raise MethodError(
+                f"baseline '{self.name}': {method.precision} cannot store this model's heads in fewer bytes"
+            )
         target = Target(share=self.share)
         budget = Budget(spec=spec, target=target, context_tokens=context_tokens, protection=protection)
         layers, known = budget.layers, importance or [1.0] * spec.num_layers

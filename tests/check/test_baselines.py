@@ -39,7 +39,9 @@ def test_keys_and_values_may_have_codecs_of_their_own() -> None:
     made = Baseline.parse("uniform:snapkv+int8/turboquant2@20%")
     policy = made.policy(SPEC, CONTEXT)
     assert made.name == "uniform:snapkv+int8/turboquant2@20%" and plan(policy, SPEC, [CONTEXT]).ratio <= 0.2
-    assert {(layer.key_codec, layer.value_codec) for layer in policy.layers} == {(CODECS["int8"], CODECS["turboquant2"])}
+    assert {(layer.key_codec, layer.value_codec) for layer in policy.layers} == {
+        (CODECS["int8"], CODECS["turboquant2"])
+    }
 
 
 def test_a_codec_that_fits_whole_holds_less_than_the_share() -> None:
@@ -70,7 +72,10 @@ def test_a_name_is_written_in_one_way() -> None:
         ("unifrm:snapkv@40%", "unknown allocator 'unifrm'; did you mean 'uniform'"),
         ("uniform:snapvk@40%", "unknown evictor 'snapvk'; did you mean 'snapkv'"),
         ("uniform:corm@40%", "corm holds what it likes"),
-        ("uniform:snapkv+int4@40%", "unknown codec 'int4'; choose among: dense, int8, .*; other codecs need a policy file"),
+        (
+            "uniform:snapkv+int4@40%",
+            "unknown codec 'int4'; choose among: dense, int8, .*; other codecs need a policy file",
+        ),
     ],
 )
 def test_a_wrong_spelling_is_explained(text: str, told: str) -> None:

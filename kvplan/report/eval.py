@@ -1,0 +1,224 @@
+"""What `kvplan eval` prints: each way of asking apart, then what the policies cost. 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from kvplan.check.results import FULL_CACHE, Results
+from kvplan.check.summary import (
+    AGNOSTIC,
+    AWARE,
+    Group,
+    Summary,
+    by_context,
+    by_question,
+    by_task,
+    difference,
+    select,
+    summaries,
+)
+from kvplan.report.tables import number_table
+from kvplan.stats import Interval
+from kvplan.units import format_bytes
+
+WIDTH = 80
+NAME_WIDTH = 24
+CELL_WIDTH = 8  # of a policy's column in a breakdown, the gap included
+QUALITY = ("policy", "bytes", "KL", "top-1", "ppl", "score", "recovery [95%]")
+AGAINST_FULL = ("policy", "KL [95%]", "score - full [95%]")
+COST = ("policy", "planned", "held", "peak", "full", "tok/s", "speed")
+
+
+def tables(results: Results) -> list[Table]:
+    """Every table, in the order in which they are read."""
+    made: list[Table] = []
+    names = _names(results)
+    for group in by_question(results):
+        found = summaries(results, group)
+        made.append(number_table(QUALITY, map(_quality, names, found), f"{group.name}, {_count(group)}"))
+        if len(found) > 1:
+            made.append(
+                number_table(AGAINST_FULL, map(_against_full, names[1:], found[1:]), "paired with the full cache")
+            )
+        if len(found) > 2:
+            made.append(_against_first(results, group))
+        for what, parts in (("task", by_task(results, group)), ("context", by_context(results, group))):
+            if len(parts) > 1:
+                made += breakdown(results, parts, what, group.name)
+    if any(policy.cost for policy in results.policies):
+        made.append(cost(results))
+    return made
+
+
+def _count(group: Group) -> str:
+    return f"{len(group.rows)} prompt{'s' if len(group.rows) > 1 else ''}"
+
+
+def _quality(name: str, row: Summary) -> tuple[str, ...]:
+    full = row.policy == FULL_CACHE
+    return (
+        name,
+        f"{row.share:.1%}",
+        "-" if full else small(row.kl.mean),
+        f"{row.top1.mean:.3f}",
+        f"{row.perplexity:.4g}" if row.perplexity < 1e4 else f"{row.perplexity:.0e}",
+        "-" if row.score is None else f"{row.score.mean:.3f}",
+        "-" if full or row.recovery is None else _percent(row.recovery),
+    )
+
+
+def _against_full(name: str, row: Summary) -> tuple[str, ...]:
+    return (
+        name,
+        f"{small(row.kl.mean)} [{small(row.kl.low)}, {small(row.kl.high)}]",
+        "-" if row.score_change is None else _signed(row.score_change),
+    )
+
+
+def _against_first(results: Results, group: Group) -> Table:
+    """Every other policy against the first one that is not the full cache."""
+    _, first, *others = results.policies
+    base = select(first.rows, group)
+    found = [
+        difference(policy.name, select(policy.rows, group), first.name, base, seed=results.seed) for policy in others
+    ]
+    headers = ("policy", "KL - (1) [95%]", "score - (1) [95%]")
+    rows = [
+        (name, _signed_small(one.kl), "-" if one.score is None else _signed(one.score))
+        for name, one in zip(_names(results)[2:], found, strict=True)
+    ]
+    return number_table(headers, rows, f"paired with {_names(results)[1]}")
+
+
+def breakdown(results: Results, parts: Sequence[Group], what: str, group: str) -> list[Table]:
+    """A table of KL and, where something is scored, one of scores: a line a part, a column a policy."""
+    rows = [(part, summaries(results, part)) for part in parts]
+    width = max(len(part.name) for part in parts)
+    per_table = max(1, (WIDTH - max(width, len(what)) - 7) // CELL_WIDTH)
+    numbers = range(len(results.policies))
+    made = []
+    cells: list[tuple[str, Callable[[Summary], str]]] = [("KL", lambda s: small(s.kl.mean))]
+    if any(one.score is not None for _, found in rows for one in found):
+        cells.insert(0, ("score", lambda s: "-" if s.score is None else f"{s.score.mean:.3f}"))
+    for title, cell in cells:
+        shown = [i for i in numbers if title != "KL" or results.policies[i].name != FULL_CACHE]
+        for start in range(0, len(shown), per_table):
+            columns = shown[start : start + per_table]
+            lines = [(part.name, str(len(part.rows)), *(cell(found[i]) for i in columns)) for part, found in rows]
+            headers = (what, "n", *(_key(i) for i in columns))
+            made.append(number_table(headers, lines, f"{title} by {what}, {group}"))
+    return made
+
+
+def _key(index: int) -> str:
+    return f"({index})" if index else "full"
+
+
+def _names(results: Results) -> list[str]:
+    """`full cache`, then `(1) name`: the number stands for the policy where names do not fit."""
+    return [shortened(f"{_key(i)} {p.name}" if i else p.name) for i, p in enumerate(results.policies)]
+
+
+def cost(results: Results) -> Table:
+    rows, tokens = [], 0
+    for name, policy in zip(_names(results), results.policies, strict=True):
+        one = policy.cost
+        if one is None:
+            continue
+        tokens = one.context_tokens
+        rows.append(
+            (
+                name,
+                *(_size(n) for n in (one.planned_bytes, one.kv_bytes, one.peak_bytes)),
+                f"{one.kv_bytes / one.full_bytes:.1%}",
+                "-" if one.tokens_per_second is None else f"{one.tokens_per_second[0]:.1f}",
+                "-" if one.speedup is None else f"{one.speedup[0]:.2f}x",
+            )
+        )
+    return number_table(COST, rows, f"the KV cache of the longest prompt, {tokens} tokens")
+
+
+def notes(results: Results) -> list[str]:
+    """What the columns mean, each in one line of at most 80 columns; only those that are shown."""
+    rows = results.full.rows
+    told = [
+        "KL: nats from the full cache's next tokens, teacher-forced. ppl: perplexity.",
+        "bytes: held after the prompts, of the full cache's. [..]: 95% bootstrap, paired.",
+    ]
+    for kind, told_of in (
+        (AGNOSTIC, "the cache is cut before the question is known"),
+        (AWARE, "the question is in what is cut"),
+    ):
+        if any(row.question_aware == (kind == AWARE) for row in rows):
+            told.append(f"{kind}: {told_of}.")
+    judges = sorted({row.scorer for row in rows if row.scorer is not None})
+    if judges:
+        told.append(f"score, 0 to 1: {', '.join(judges)}. recovery: score / the full cache's score.")
+    if "predicted" in judges:
+        told.append("predicted: each token of the answer is the likeliest (as greedy decoding).")
+    if any(policy.cost and policy.cost.speedup for policy in results.policies):
+        told.append("speed: decoding beside transformers' full cache (1x), medians.")
+    return told
+
+
+def as_data(results: Results) -> dict[str, Any]:
+    """The summaries as plain data: what the tables say, without the rows of each prompt."""
+
+    def of(group: Group) -> list[dict[str, Any]]:
+        return [summary.to_json() for summary in summaries(results, group)]
+
+    told = results.to_json()
+    return {
+        **{name: told[name] for name in ("tool", "model", "data", "seed", "device", "settings")},
+        "policies": [
+            {"name": p.name, "source": p.source, "fingerprint": p.fingerprint, "cost": data["cost"]}
+            for p, data in zip(results.policies, told["policies"], strict=True)
+        ],
+        "groups": [
+            {
+                "question": group.name,
+                "prompts": len(group.rows),
+                "policies": of(group),
+                "tasks": {part.name: of(part) for part in by_task(results, group)},
+                "contexts": {part.name: of(part) for part in by_context(results, group)},
+            }
+            for group in by_question(results)
+        ],
+    }
+
+
+def small(value: float) -> str:
+    """A KL in six characters: `3e-06`, `0.0003`, `0.031`, `1.41`."""
+    if abs(value) < 1e-4:
+        return f"{value:.0e}" if value else "0"
+    return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def shortened(name: str) -> str:
+    """The number and the end of a long name, where names differ."""
+    if len(name) <= NAME_WIDTH:
+        return name
+    key, rest = name.split(" ", 1)
+    return f"{key} ..{rest[len(key) + 3 - NAME_WIDTH :]}"
+
+
+def _size(count: int) -> str:
+    """Three digits or four: `981KiB`, `1.53MiB`."""
+    number, unit = format_bytes(count).split()
+    return f"{float(number):.{0 if float(number) >= 100 else 1 if float(number) >= 10 else 2}f}{unit}"
+
+
+def _signed(found: Interval) -> str:
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def _signed_small(found: Interval) -> str:
+    mean, low, high = (f"+{small(v)}" if v > 0 else small(v) for v in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _percent(found: Interval) -> str:
+    return f"{found.mean:.0%} [{found.low * 100:.0f}, {found.high * 100:.0f}]"

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "check"))
+from byte_model import byte_model, byte_tokenizer
+
+import kvplan.loading
+from kvplan.check.results import FULL_CACHE, load_results
+from kvplan.cli import console
+from kvplan.cli.app import app
+from kvplan.cli.exits import run_app
+from kvplan.policy.schema import LayerPolicy, Policy, Slots
+from kvplan.policy.serialize import save_policy
+
+CHECK = Path(__file__).parents[1] / "check"
+SUITE = f"gsm8k:{CHECK / 'data' / 'gsm8k.jsonl'}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    byte_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
+    """A folder with a.yaml, b.yaml and prompts.jsonl, whose model is the bundled one."""
+    monkeypatch.setattr(kvplan.loading, "BUNDLED_FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    for name, share in (("a", 5000), ("b", 3000)):
+        layer = LayerPolicy(slots=Slots(share=share), min_slots=24)
+        save_policy(Policy(layers=(layer, layer)), tmp_path / f"{name}.yaml")
+    records = [
+        {"id": f"{i}", "task": "copy" if i % 2 else "ask", "prompt": f"{'word ' * (60 + 200 * i)}{i} is",
+         "answer": f"{i}", "question_aware": i < 2, **({"scorer": "f1", "max_new_tokens": 4} if i % 2 else {})}
+        for i in range(4)
+    ]  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    yield tmp_path
+    console.set_quiet(False)
+
+
+def kvplan_eval(*argv: object) -> int:
+    return run_app(app, ["-q", "eval", *map(str, argv)])
+
+
+BOTH = ("--policy", "a.yaml", "--policy", "b.yaml", "--data", "prompts.jsonl")
+
+
+def test_the_results_file_and_the_json_say_the_same(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_eval(*BOTH, "--baseline", "uniform:knorm@50%", "--speed-tokens", 0, "-o", "r.json", "--json") == 0
+    told, results = json.loads(capsys.readouterr().out), load_results(here / "r.json")
+    names = [FULL_CACHE, "a", "b", "uniform:knorm@50%"]
+    assert [policy.name for policy in results.policies] == [p["name"] for p in told["policies"]] == names
+    assert [policy.source for policy in results.policies][1:] == ["a.yaml", "b.yaml", "uniform:knorm@50%"]
+    assert [group["question"] for group in told["groups"]] == ["question-agnostic", "question-aware"]
+    for group, rows in zip(told["groups"], ((2, 3), (0, 1)), strict=True):
+        for one, policy in zip(group["policies"], results.policies, strict=True):
+            assert one["kl"]["mean"] == pytest.approx(sum(policy.rows[i].kl for i in rows) / 2)
+            assert one["kv_bytes"] == sum(policy.rows[i].kv_bytes for i in rows)
+            assert one["kv_bytes"] <= one["planned_bytes"]
+        assert set(group["tasks"]) == {"ask", "copy"}
+    assert told["data"] == json.loads((here / "r.json").read_text())["data"]
+    assert told["model"]["name"] == "bundled" and results.settings["samples"] == 8
+
+
+def test_tables_fit_80_columns_and_keep_the_ways_of_asking_apart(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kvplan_eval(*BOTH, "--baseline", "uniform:streaming+turboquant4@35%", "--speed-tokens", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "question-agnostic, 2 prompts" in text and "question-aware, 2 prompts" in text
+    assert text.count("paired with the full cache") == text.count("paired with (1) a") == 2
+    assert "score by task, question-agnostic" in text and "KL by context, question-aware" in text
+    assert "tok/s" in text and "score, 0 to 1: f1, predicted" in text
+
+
+def test_tasks_of_several_lengths_and_a_suite(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--task", "niah", "--task", "continuation", "--context", "600", "--context", "1k", "--samples", 1)
+    assert kvplan_eval("--policy", "a.yaml", *asked, "--suite", SUITE, "--speed-tokens", 0) == 0
+    results = load_results(here / "results.json")
+    kinds = [(row.task, row.question_aware) for row in results.full.rows]
+    lengths = 2 * [("niah", False), ("niah", True), ("continuation", False)]
+    assert kinds == [*lengths, ("gsm8k", False), ("gsm8k", True)]
+    assert all(row.answers for row in results.full.rows)
+    assert results.data.sources == ("task niah", "task continuation", f"suite {SUITE}")
+
+
+def test_one_way_of_asking(here: Path) -> None:
+    asked = ("--task", "passkey", "--context", "600", "--samples", 1, "--question", "aware", "--speed-tokens", 0)
+    assert kvplan_eval("--baseline", "uniform:snapkv@40%", *asked) == 0
+    assert [row.question_aware for row in load_results(here / "results.json").full.rows] == [True]
+
+
+def test_all_tasks(here: Path) -> None:
+    from kvplan.check.tasks import tasks
+
+    asked = ("--task", "all", "--context", "1500", "--samples", 1, "--question", "agnostic", "--speed-tokens", 0)
+    assert kvplan_eval("--policy", "b.yaml", *asked) == 0
+    assert [row.task for row in load_results(here / "results.json").full.rows] == tasks.names()
+
+
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no policy": ((), "nothing to measure; give --policy FILE, or --baseline such as uniform:snapkv@40%"),
+    "a length without a task": ((*BOTH, "--context", "4k"), "--context is the length of generated prompts"),
+    "no length": (("--policy", "a.yaml", "--task", "niah", "--context", "4x"), "write for example 4096 or 32k"),
+    "a length beyond the model": (
+        ("--policy", "a.yaml", "--task", "niah", "--context", "32k"),
+        "--context 32768 is more than the model's context of 4096 tokens"),
+    "an unknown task": (("--policy", "a.yaml", "--task", "nia"), "unknown task 'nia'; did you mean 'niah'?"),
+    "an unknown suite": (("--policy", "a.yaml", "--suite", "rulr:x"), "unknown suite 'rulr'; did you mean 'ruler'?"),
+    "an unknown scorer": ((*BOTH, "--scorer", "rouge"), "unknown scorer 'rouge'; did you mean 'rouge_l'?"),
+    "an unknown way": ((*BOTH, "--question", "awre"), "unknown way of asking 'awre'; did you mean 'aware'?"),
+    "a column of no dataset": (
+        ("--policy", "a.yaml", "--task", "niah", "--column", "x"), "--column and --split choose inside a dataset"),
+    "a profile without a baseline": ((*BOTH, "--profile", "p.json"), "--profile is for baselines"),
+    "a baseline that needs one": ((*BOTH, "--baseline", "squeeze:snapkv@40%"), "give the --profile"),
+    "one policy twice": (("--policy", "a.yaml", *BOTH), "a.yaml is given twice"),
+    "results over a policy": ((*BOTH, "-o", "a.yaml"), "a.yaml: this command reads that file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    argv, told = REFUSED[name]
+    assert kvplan_eval(*argv) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_policy_of_another_model_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_policy(Policy(layers=(LayerPolicy(),) * 3), here / "c.yaml")
+    assert kvplan_eval(*BOTH, "--policy", "c.yaml") == 2
+    assert "error: c.yaml: " in capsys.readouterr().err
+
+
+def test_another_model_must_be_told_what_to_read(
+    here: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kvplan.loading, "BUNDLED_FOLDER", here)
+    assert kvplan_eval("--policy", "a.yaml", "--model", folder) == 2
+    assert "nothing to measure on; give --data, --task or --suite" in capsys.readouterr().err
