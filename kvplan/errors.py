@@ -9,7 +9,8 @@ KVPlanError (2: usage or configuration)
 ├── ProfileError     a profile cannot be read or merged, or belongs to something else
 ├── ConfigError      kvplan.toml says something that cannot be
 ├── StudyError       a study cannot be created or resumed
-├── ResultsError     a results file cannot be read, or two of them cannot be compared
+├── ResultsError     a results file cannot be read
+│   └── NotComparableError (4)  results of another model, of other prompts or of another format
 └── RuntimeLimitError  the runtime was asked for something that it cannot do correctly
 MemoryPlanExceeded (1)   measured bytes above the plan: a finding, not a usage error
 """
@@ -60,7 +61,13 @@ class StudyError(KVPlanError):
 
 
 class ResultsError(KVPlanError):
-    """A results file cannot be read, or cannot be compared with another."""
+    """A results file cannot be read, or lacks what is asked of it."""
+
+
+class NotComparableError(ResultsError):
+    """Results of another model, of other prompts or of another format."""
+
+    exit_code = 4
 
 
 class RuntimeLimitError(KVPlanError):

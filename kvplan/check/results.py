@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from kvplan.errors import ResultsError
+from kvplan.errors import NotComparableError, ResultsError
 from kvplan.files import read_text, write_text
 
 FORMAT_VERSION = 1
@@ -221,7 +221,8 @@ def load_results(path: str | Path) -> Results:
     """Read a results file.
 
     Raises:
-        ResultsError: it is of another version, or a field is missing, unknown or of the wrong type.
+        NotComparableError: it is of another version.
+        ResultsError: a field is missing, unknown or of the wrong type.
         KVPlanError: it cannot be read.
     """
     text = read_text(Path(path), "results file")
@@ -233,7 +234,7 @@ def load_results(path: str | Path) -> Results:
     if version is None:
         raise ResultsError(f"{path}: not a results file (no '{_FORMAT_KEY}' in it); kvplan eval writes one")
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise ResultsError(
+        raise NotComparableError(
             f"{path}: results of format {version!r}, this kvplan reads format {FORMAT_VERSION}; "
             "measure again, or use the kvplan that wrote it"
         )

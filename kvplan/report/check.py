@@ -1,0 +1,165 @@
+"""What `kvplan check` says: a verdict line and a table, the same as markdown, JUnit XML and plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+from xml.etree import ElementTree
+
+from rich.table import Table
+
+from kvplan.check.adaptive import Outcome
+from kvplan.check.gate import BYTES, NATS, RATIO, Finding, State, worst
+from kvplan.report.tables import number_table
+
+HEADERS = ("criterion", "n", "found", "interval", "at most", "verdict")
+FORMAT_VERSION = 1
+MEANINGS = (
+    ("KL rise", "KL from the full cache, above the baseline's; nats a token."),
+    ("score loss", "score below the baseline's."),
+    ("KL", "KL from the full cache; nats a token."),
+    ("recovery loss", "1 - score / the full cache's score."),
+    ("slowdown", "seconds a token, of transformers' full cache's."),
+)
+
+
+def verdict(outcome: Outcome) -> str:
+    """One line: the verdict, on how many prompts, and why."""
+    seen = f"{outcome.prompts} of {outcome.available} prompts"
+    return f"{outcome.policy}: {outcome.state} after {seen}: {_reason(outcome)}"
+
+
+def _reason(outcome: Outcome) -> str:
+    if outcome.broken:
+        return outcome.broken
+    decisive = [f for f in outcome.findings if f.state is outcome.state]
+    if outcome.state is State.PASS:
+        why = "the baseline's numbers again" if outcome.reproduced else "all within the limits"
+        harmed = worst_part(outcome)
+        return why if harmed is None or outcome.reproduced else f"{why}; worst of the parts is {_told(harmed)}"
+    first, *others = decisive
+    more = f"; also {', '.join(f.name for f in others)}" if others else ""
+    if outcome.state is State.INCONCLUSIVE:
+        more += "; more prompts would tell"
+    return f"{_told(first)}{more}"
+
+
+def worst_part(outcome: Outcome) -> Finding | None:
+    """The task or way of asking that is nearest to its limit, or furthest beyond it."""
+    parts = [f for f in outcome.findings if f.part is not None]
+    return max(parts, key=lambda f: f.value / f.limit if f.limit else math.inf * f.value, default=None)
+
+
+def _told(finding: Finding) -> str:
+    value, limit = number(finding.value, finding.unit), number(finding.limit, finding.unit)
+    interval = _interval(finding)
+    return f"{finding.name} {value}{f' {interval}' if interval else ''}, at most {limit}"
+
+
+def table(outcome: Outcome) -> Table:
+    """Fits 80 columns unless the names of tasks are long."""
+    return number_table(HEADERS, map(cells, outcome.findings), outcome.policy)
+
+
+def cells(finding: Finding) -> tuple[str, ...]:
+    return (
+        finding.name,
+        str(finding.prompts) if finding.prompts else "-",
+        number(finding.value, finding.unit),
+        _interval(finding) or "exact",
+        number(finding.limit, finding.unit),
+        finding.state.value,
+    )
+
+
+def notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """What the shown criteria mean, a line each."""
+    shown = {finding.name.rpartition(": ")[2] for outcome in outcomes for finding in outcome.findings}
+    told = [f"{name}: {meaning}" for name, meaning in MEANINGS if name in shown]
+    for outcome in outcomes:
+        if outcome.state is not State.PASS and outcome.harmed:
+            prompts = ", ".join(f"{name} {number(loss, NATS)}" for name, loss in outcome.harmed)
+            told.append(f"most harmed in {outcome.policy}, by KL: {prompts}")
+    return told
+
+
+def number(value: float, unit: str) -> str:
+    """A criterion's number as text."""
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if unit == BYTES:
+        return f"{value:,.0f}"
+    if unit == RATIO:
+        return f"{value:.2f}x"
+    if unit == NATS:
+        return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.2f}"
+    return f"{value:.1%}"
+
+
+def _interval(finding: Finding) -> str:
+    if finding.unit == BYTES:
+        return ""
+    return f"[{number(finding.low, finding.unit)}, {number(finding.high, finding.unit)}]"
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """For the summary of a job: the verdicts, then each table."""
+    blocks = [f"### kvplan check: {worst(o.state for o in outcomes)}\n"]
+    blocks += [f"- **{_escaped(verdict(outcome))}**" for outcome in outcomes]
+    for outcome in outcomes:
+        rows = [HEADERS, ("---", *["---:"] * (len(HEADERS) - 1)), *map(cells, outcome.findings)]
+        lines = "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows)
+        blocks.append(f"\n<details><summary>{_escaped(outcome.policy)}</summary>\n\n{lines}\n\n</details>")
+    return "\n".join([*blocks, "", *(_escaped(line) + "  " for line in notes(outcomes))]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def junit(outcomes: Sequence[Outcome]) -> str:
+    """A suite a policy, a case a criterion: a regression is a failure, what is open an error."""
+    top = ElementTree.Element("testsuites", name="kvplan check")
+    for outcome in outcomes:
+        states = [f.state for f in outcome.findings] or [outcome.state]
+        suite = ElementTree.SubElement(
+            top,
+            "testsuite",
+            name=outcome.policy,
+            tests=str(len(states)),
+            failures=str(states.count(State.REGRESSION)),
+            errors=str(states.count(State.INCONCLUSIVE)),
+            skipped="0",
+        )
+        for finding in outcome.findings:
+            _case(suite, outcome, finding.name, finding.state, _told(finding))
+        if not outcome.findings:
+            _case(suite, outcome, "bytes held", outcome.state, outcome.broken)
+    ElementTree.indent(top)
+    return ElementTree.tostring(top, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _case(suite: ElementTree.Element, outcome: Outcome, name: str, state: State, told: str) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=f"kvplan.{outcome.policy}", name=name)
+    if state is not State.PASS:
+        kind = "failure" if state is State.REGRESSION else "error"
+        ElementTree.SubElement(case, kind, type=state.value, message=told).text = verdict(outcome)
+
+
+def as_data(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """As JSON can hold it: a bound that is not finite is None."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        "kvplan_check": FORMAT_VERSION,
+        "verdict": worst(o.state for o in outcomes),
+        "policies": [plain(asdict(o)) | {"told": verdict(o)} for o in outcomes],
+    }
