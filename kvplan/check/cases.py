@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvplan.calibrate.prompts import Message, Record
+from kvplan.calibrate.prompts import Example, Message, Record
+
+# More than the true answer has: a right answer may be put in more words.
+EXTRA_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,16 @@ class Case:
             messages += [Message("user", asked.strip()), Message("assistant", turn.answers[0])]
         answers = turns[0].answers if len(turns) == 1 else ()
         return Record(**given, messages=tuple(messages), answers=answers, question_aware=question_aware)  # type: ignore[arg-type]
+
+
+def most_new_tokens(example: Example) -> int:
+    """How much is generated for one answer at most."""
+    if example.max_new_tokens is not None:
+        return example.max_new_tokens
+    return max((b - a for a, b in example.answers), default=len(example.continuation_ids)) + EXTRA_TOKENS
+
+
+def length_generated(example: Example) -> int:
+    """Tokens of the longest sequence while answers are generated: the last one follows all that was said before it."""
+    before = max((a for a, _ in example.answers), default=0)
+    return len(example.prompt_ids) + before + most_new_tokens(example)

@@ -14,6 +14,7 @@ import transformers
 
 from kvplan import __version__
 from kvplan.calibrate.prompts import Example, data_fingerprint
+from kvplan.check.cases import length_generated, most_new_tokens
 from kvplan.check.cost import costs
 from kvplan.check.results import FULL_CACHE, DataIdentity, ModelIdentity, PolicyResult, PromptRow, Results
 from kvplan.check.scorers import PREDICTED, scorers
@@ -24,9 +25,6 @@ from kvplan.policy.schema import Policy
 from kvplan.policy.serialize import policy_fingerprint
 from kvplan.registry import unknown
 from kvplan.runtime.attach import full_policy
-
-# More than the true answer has: a right answer may be put in more words.
-EXTRA_TOKENS = 16
 
 Progress = Callable[[str, int, int], None]
 
@@ -91,7 +89,9 @@ def evaluate(
         examples,
         batch_tokens=batch_tokens,
         keep=False,
-        generate={i: _most_new(examples[i]) for i, judge in enumerate(judges) if judge is not None},
+        generate={
+            i: _most_new(examples[i], spec.max_context_tokens) for i, judge in enumerate(judges) if judge is not None
+        },
         progress=lambda done, total: progress("prompts", done, total),
     )
     measured = runner.measure_all([candidate.policy for candidate in everything])
@@ -160,10 +160,15 @@ def _judge(example: Example, chosen: str | None) -> str | None:
     return None if not example.answers and example.scorer is None else name
 
 
-def _most_new(example: Example) -> int:
-    if example.max_new_tokens is not None:
-        return example.max_new_tokens
-    return max((b - a for a, b in example.answers), default=len(example.continuation_ids)) + EXTRA_TOKENS
+def _most_new(example: Example, limit: int | None) -> int:
+    """Most new tokens of an answer. Raises: DataError: the model cannot read that many after the prompt."""
+    most = most_new_tokens(example)
+    if limit is not None and length_generated(example) > limit:
+        raise DataError(
+            f"prompt '{example.id}': {length_generated(example) - most} tokens and up to {most} new ones are more than "
+            f"the model's context of {limit}; lower --max-tokens, or the record's max_new_tokens"
+        )
+    return most
 
 
 def _texts(found: Measured, tokenizer: Any) -> list[tuple[str, ...]]:
@@ -222,6 +227,7 @@ def _rows(
             task=example.task,
             context_tokens=len(example.prompt_ids),
             question_aware=example.question_aware,
+            questions=len(example.answers),
             tokens=len(example.continuation_ids),
             kl=found.scores.kl[i],
             top1=found.scores.top1[i],

@@ -29,11 +29,12 @@ class PromptRow:
     Attributes:
         context_tokens: Tokens that were prefilled and then compressed.
         question_aware: The prompt held the question when it was compressed.
+        questions: Answers that are expected; 0: the text only goes on.
         tokens: Tokens of the continuation, over which `kl`, `top1` and the `nll`s are means.
         kl: KL(full || policy) of the next-token distributions, nats.
         top1: Share of the tokens at which both caches predict the same next token.
         nll, full_nll: Negative log-likelihood under the policy and under the full cache, nats.
-        scorer: What judged the answers, or None where nothing was asked.
+        scorer: What judged the answers, or None where nothing was scored.
         score, full_score: 0 to 1, under the policy and under the full cache.
         planned_bytes, kv_bytes, full_bytes: After the prompt: promised, held, and what a full cache holds.
         answers: What was generated, where the scorer reads text.
@@ -53,6 +54,7 @@ class PromptRow:
     planned_bytes: NonNegativeInt
     kv_bytes: NonNegativeInt
     full_bytes: PositiveInt
+    questions: NonNegativeInt = 1
     scorer: str | None = None
     score: FiniteFloat | None = None
     full_score: FiniteFloat | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from kvplan.check.results import PromptRow, Results
 from kvplan.stats import Interval, bootstrap, bootstrap_ratio
 
-AGNOSTIC, AWARE = "question-agnostic", "question-aware"
+AGNOSTIC, AWARE, UNASKED = "question-agnostic", "question-aware", "nothing asked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ def summarise(policy: str, rows: Sequence[PromptRow], *, seed: int = 0) -> Summa
     """The rows of one policy.
 
     Raises:
-        AssertionError: question-agnostic and question-aware prompts are mixed; they are never averaged together.
+        AssertionError: ways of asking are mixed; they are never averaged together.
     """
-    assert len({row.question_aware for row in rows}) == 1, "one way of asking at a time"
+    assert len(set(map(way, rows))) == 1, "one way of asking at a time"
     scored = [(row.score, row.full_score) for row in rows if row.score is not None and row.full_score is not None]
     scores, full = [s for s, _ in scored], [f for _, f in scored]
     tokens = sum(row.tokens for row in rows)
@@ -107,9 +107,17 @@ def difference(
     )
 
 
+def way(row: PromptRow) -> str:
+    """How a prompt asks."""
+    if not row.questions:
+        return UNASKED
+    return AWARE if row.question_aware else AGNOSTIC
+
+
 def by_question(results: Results) -> list[Group]:
-    """The question-agnostic prompts, then the question-aware ones; a kind without prompts is left out."""
-    return _grouped((AWARE if row.question_aware else AGNOSTIC, i) for i, row in enumerate(results.policies[0].rows))
+    """Question-agnostic prompts, question-aware ones and texts that only go on; a kind without prompts is left out."""
+    found = _grouped((way(row), i) for i, row in enumerate(results.policies[0].rows))
+    return sorted(found, key=lambda group: (AGNOSTIC, AWARE, UNASKED).index(group.name))
 
 
 def by_task(results: Results, group: Group) -> list[Group]:

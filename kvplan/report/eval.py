@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from kvplan.check.results import FULL_CACHE, Results
+from kvplan.check.scorers import meaning
 from kvplan.check.summary import (
     AGNOSTIC,
     AWARE,
+    UNASKED,
     Group,
     Summary,
     by_context,
@@ -19,6 +21,7 @@ from kvplan.check.summary import (
     difference,
     select,
     summaries,
+    summarise,
 )
 from kvplan.report.tables import number_table
 from kvplan.stats import Interval
@@ -30,6 +33,12 @@ CELL_WIDTH = 8  # of a policy's column in a breakdown, the gap included
 QUALITY = ("policy", "bytes", "KL", "top-1", "ppl", "score", "recovery [95%]")
 AGAINST_FULL = ("policy", "KL [95%]", "score - full [95%]")
 COST = ("policy", "planned", "held", "peak", "full", "tok/s", "speed")
+LOW_SCORE = 0.2  # of the full cache; below, what is lost of it is hardly measured
+WAYS = {
+    AGNOSTIC: "question-agnostic: the cache is cut before the question is known.",
+    AWARE: "question-aware: the question is in what is cut.",
+    UNASKED: "nothing asked: the text goes on; scored beside the full cache's own words.",
+}
 
 
 def tables(results: Results) -> list[Table]:
@@ -38,19 +47,26 @@ def tables(results: Results) -> list[Table]:
     names = _names(results)
     for group in by_question(results):
         found = summaries(results, group)
-        made.append(number_table(QUALITY, map(_quality, names, found), f"{group.name}, {_count(group)}"))
+        scored = any(row.score is not None for row in found)
+        title = f"{group.name}, {_count(group)}"
+        made.append(_table(QUALITY, map(_quality, names, found), title, scored))
         if len(found) > 1:
-            made.append(
-                number_table(AGAINST_FULL, map(_against_full, names[1:], found[1:]), "paired with the full cache")
-            )
+            rows = map(_against_full, names[1:], found[1:])
+            made.append(_table(AGAINST_FULL, rows, "paired with the full cache", scored))
         if len(found) > 2:
-            made.append(_against_first(results, group))
+            made.append(_against_first(results, group, scored))
         for what, parts in (("task", by_task(results, group)), ("context", by_context(results, group))):
             if len(parts) > 1:
                 made += breakdown(results, parts, what, group.name)
     if any(policy.cost for policy in results.policies):
         made.append(cost(results))
     return made
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str, scored: bool) -> Table:
+    """Without the columns of scores where nothing is scored; they are the last."""
+    shown = [i for i, header in enumerate(headers) if scored or not header.startswith(("score", "recovery"))]
+    return number_table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], title)
 
 
 def _count(group: Group) -> str:
@@ -78,7 +94,7 @@ def _against_full(name: str, row: Summary) -> tuple[str, ...]:
     )
 
 
-def _against_first(results: Results, group: Group) -> Table:
+def _against_first(results: Results, group: Group, scored: bool) -> Table:
     """Every other policy against the first one that is not the full cache."""
     _, first, *others = results.policies
     base = select(first.rows, group)
@@ -90,7 +106,7 @@ def _against_first(results: Results, group: Group) -> Table:
         (name, _signed_small(one.kl), "-" if one.score is None else _signed(one.score))
         for name, one in zip(_names(results)[2:], found, strict=True)
     ]
-    return number_table(headers, rows, f"paired with {_names(results)[1]}")
+    return _table(headers, rows, f"paired with {_names(results)[1]}", scored)
 
 
 def breakdown(results: Results, parts: Sequence[Group], what: str, group: str) -> list[Table]:
@@ -142,23 +158,21 @@ def cost(results: Results) -> Table:
 
 
 def notes(results: Results) -> list[str]:
-    """What the columns mean, each in one line of at most 80 columns; only those that are shown."""
-    rows = results.full.rows
+    """What the columns mean, in lines of at most 80 columns; only those that are shown."""
+    rows, groups = results.full.rows, by_question(results)
     told = [
         "KL: nats from the full cache's next tokens, teacher-forced. ppl: perplexity.",
         "bytes: held after the prompts, of the full cache's. [..]: 95% bootstrap, paired.",
+        *(WAYS[group.name] for group in groups),
     ]
-    for kind, told_of in (
-        (AGNOSTIC, "the cache is cut before the question is known"),
-        (AWARE, "the question is in what is cut"),
-    ):
-        if any(row.question_aware == (kind == AWARE) for row in rows):
-            told.append(f"{kind}: {told_of}.")
     judges = sorted({row.scorer for row in rows if row.scorer is not None})
     if judges:
-        told.append(f"score, 0 to 1: {', '.join(judges)}. recovery: score / the full cache's score.")
-    if "predicted" in judges:
-        told.append("predicted: each token of the answer is the likeliest (as greedy decoding).")
+        told.append("recovery: score, 0 to 1, as a share of the full cache's score. Scores:")
+        told += [f"  {judge}: {meaning(judge)}" for judge in judges]
+    for group in groups:
+        score = summarise(FULL_CACHE, select(rows, group)).score
+        if score is not None and score.mean < LOW_SCORE:
+            told.append(f"The full cache scores {score.mean:.3f} ({group.name}): recovery says little there.")
     if any(policy.cost and policy.cost.speedup for policy in results.policies):
         told.append("speed: decoding beside transformers' full cache (1x), medians.")
     return told

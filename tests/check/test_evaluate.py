@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from byte_model import byte_model, byte_tokenizer
 
 from kvplan.calibrate.prompts import Example, parse_record, to_example
+from kvplan.check.cases import length_generated
 from kvplan.check.evaluate import Candidate, evaluate
 from kvplan.check.results import FULL_CACHE, Results, load_results, save_results
 from kvplan.check.scoring import Scorer
@@ -176,3 +177,20 @@ def test_predictions_that_are_no_numbers_are_refused() -> None:
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RuntimeLimitError, match="nan or infinite"):
         run(broken, [asked()], cut())
+
+
+def test_answers_must_fit_behind_their_prompt() -> None:
+    from tests.conftest import tiny_config, tiny_model
+
+    short = tiny_model(tiny_config(vocab_size=259, num_hidden_layers=2, max_position_embeddings=64))
+    made = example(prompt="a" * 50, answer="x", scorer="substring", max_new_tokens=20)
+    with pytest.raises(DataError, match="prompt 'a': 50 tokens and up to 20 new ones are more than .* context of 64"):
+        run(short, [made], cut())
+    assert run(short, [replace(made, max_new_tokens=14)], cut()).full.rows[0].score is not None
+    fitted = generated("passkey", byte_tokenizer(), 400, 1)
+    assert all(length_generated(e) <= 400 for e in fitted)
+
+
+def test_rows_say_how_much_is_asked(model: Any) -> None:
+    results = run(model, [asked(), example("b", prompt=CONTEXT)], cut())
+    assert [row.questions for row in results.full.rows] == [2, 0]

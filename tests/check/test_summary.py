@@ -14,6 +14,7 @@ from kvplan.check.results import Results
 from kvplan.check.summary import (
     AGNOSTIC,
     AWARE,
+    UNASKED,
     by_context,
     by_question,
     by_task,
@@ -47,6 +48,15 @@ def mixed() -> Results:
 def test_ways_of_asking_are_groups_of_their_own() -> None:
     groups = by_question(mixed())
     assert [(group.name, group.rows) for group in groups] == [(AGNOSTIC, (0, 1, 2)), (AWARE, (3,))]
+
+
+def test_texts_that_only_go_on_are_apart_too() -> None:
+    made = mixed()
+    policies = tuple(
+        replace(p, rows=(*p.rows[:3], replace(p.rows[3], questions=0, question_aware=False))) for p in made.policies
+    )
+    groups = by_question(replace(made, policies=policies))
+    assert [(group.name, group.rows) for group in groups] == [(AGNOSTIC, (0, 1, 2)), (UNASKED, (3,))]
 
 
 def test_they_are_never_averaged_together() -> None:

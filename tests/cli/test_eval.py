@@ -83,7 +83,19 @@ def test_tables_fit_80_columns_and_keep_the_ways_of_asking_apart(
     assert "question-agnostic, 2 prompts" in text and "question-aware, 2 prompts" in text
     assert text.count("paired with the full cache") == text.count("paired with (1) a") == 2
     assert "score by task, question-agnostic" in text and "KL by context, question-aware" in text
-    assert "tok/s" in text and "score, 0 to 1: f1, predicted" in text
+    assert "tok/s" in text and "  predicted: each token of the answer is the likeliest" in text
+
+
+def test_scores_are_shown_only_where_something_is_scored(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "x.txt").write_text("only words " * 60)
+    assert kvplan_eval("--policy", "a.yaml", "--data", "x.txt", "--speed-tokens", 0) == 0
+    text = capsys.readouterr().out
+    assert "nothing asked, 1 prompt\n" in text and "recovery" not in text and "ppl" in text
+
+
+def test_a_full_cache_that_knows_little_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_eval(*BOTH, "--speed-tokens", 0) == 0
+    assert "The full cache scores 0.000 (question-aware): recovery says little there." in capsys.readouterr().out
 
 
 def test_tasks_of_several_lengths_and_a_suite(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

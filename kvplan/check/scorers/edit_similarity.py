@@ -16,6 +16,8 @@ _NO_CODE = ("#", "//", "```")
 class EditSimilarity(AnswerScorer):
     """How alike the first line of code and the answer are: difflib's ratio, the best over the answers."""
 
+    means = "likeness of the first line of code"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         lines = (line.strip() for line in text.splitlines())
         line = next((line for line in lines if line and not line.startswith(_NO_CODE)), "")

@@ -14,5 +14,7 @@ from kvplan.check.scorers.squad import squad
 class Exact(AnswerScorer):
     """1 when the first line is one of the answers, as SQuAD compares: without case, punctuation and articles."""
 
+    means = "the first line is the answer"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         return squad(first_line(text), references)["exact_match"]

@@ -14,5 +14,7 @@ from kvplan.check.scorers.squad import squad
 class F1(AnswerScorer):
     """F1 of the words that text and answer share, as SQuAD counts them; the best over the answers."""
 
+    means = "F1 of words"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         return squad(text, references)["f1"]

@@ -17,6 +17,8 @@ _MARK = "####"  # before the result in GSM8K's solutions
 class Number(AnswerScorer):
     """1 when text and answer come to the same number: the one behind `####`, or else the last."""
 
+    means = "the same number as result"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         found = _result(text)
         return float(found is not None and any(found == _result(reference) for reference in references))

@@ -14,6 +14,8 @@ from kvplan.check.scorers.base import AnswerScorer, scorers
 class Numbers(AnswerScorer):
     """The share of the numbers in the text that are the answer's, so that naming them all earns little."""
 
+    means = "share of the numbers that are right"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         found = re.findall(r"\d+", text)
         wanted = {number for reference in references for number in re.findall(r"\d+", reference)}

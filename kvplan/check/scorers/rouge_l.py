@@ -13,6 +13,8 @@ from kvplan.check.scorers.base import AnswerScorer, scorers
 class RougeL(AnswerScorer):
     """F-measure of the longest common subsequence of words, without stemming; the best over the answers."""
 
+    means = "ROUGE-L"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         from torchmetrics.functional.text import rouge_score
 

@@ -13,6 +13,8 @@ from kvplan.check.scorers.base import AnswerScorer, scorers
 class Substring(AnswerScorer):
     """1 when one of the answers occurs in the text, whatever its case."""
 
+    means = "the answer occurs in the text"
+
     def score(self, text: str, references: Sequence[str]) -> float:
         return float(any(_in(reference, text) for reference in references))
 
@@ -21,6 +23,8 @@ class Substring(AnswerScorer):
 @dataclass(frozen=True)
 class AllSubstrings(AnswerScorer):
     """The share of the answers that occur in the text, whatever their case; here all of them are asked for."""
+
+    means = "share of the answers that occur in the text"
 
     def score(self, text: str, references: Sequence[str]) -> float:
         return sum(_in(reference, text) for reference in references) / len(references)

@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 from kvplan.calibrate.prompts import Example, to_example
+from kvplan.check.cases import length_generated
 from kvplan.check.tasks.base import Task, tasks
 from kvplan.errors import DataError
 
@@ -79,9 +80,8 @@ def _fitted(task: Task, tokenizer: Any, limit: int, seed: str, aware: bool) -> E
 
 
 def length(example: Example) -> int:
-    """Tokens of the prompt and all that follows it: the true continuation, or what is generated freely."""
-    free = 0 if example.answers else example.max_new_tokens or 0
-    return len(example.prompt_ids) + max(len(example.continuation_ids), free)
+    """Tokens of the prompt and of all that follows it, whether it is the true text or generated."""
+    return max(len(example.prompt_ids) + len(example.continuation_ids), length_generated(example))
 
 
 def unknown_share(examples: Sequence[Example], tokenizer: Any) -> float:

@@ -8,12 +8,12 @@ from kvplan.check.cases import Case, Turn
 from kvplan.check.tasks.base import Task, tasks
 from kvplan.check.tasks.words import numbers
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NOISE = "The cat sits. The dog runs. The day is long. The sea is big. All is well."
 
 
 @tasks.register("passkey")
 class Passkey(Task):
-    """Five digits or so among repeated sentences, after Mohtashami and Jaggi 2023, arXiv:2305.16300."""
+    """Four digits among repeated sentences, after Mohtashami and Jaggi 2023, arXiv:2305.16300."""
 
     def case(self, rng: Random, size: int) -> Case:
         (key,) = numbers(rng, 1)
