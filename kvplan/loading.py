@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvplan.errors import ModelError
 from kvplan.model_spec import ADVICE, DTYPE_BYTES, ModelSpec, model_fingerprint
+from kvplan.placement import AUTO, spread
 from kvplan.probe import check_runs, refuse_without_interface
 from kvplan.registry import unknown
 
@@ -35,14 +36,14 @@ def load_model(
     Args:
         name_or_path: A folder, a Hugging Face hub id, or None (or "bundled") for the model that comes with kvplan.
         dtype: Name of a torch dtype, or "auto" for the checkpoint's own.
-        device: A torch device, e.g. "cpu" or "cuda:1".
+        device: A torch device, e.g. "cpu" or "cuda:1", or "auto": split over all GPUs, and the memory.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
         ModelError: the model is missing, incomplete, broken, or of a kind that kvplan cannot plan.
     """
     _check_dtype(dtype)
-    target = _device(device)
+    target = None if device == AUTO else _device(device)
     source = _source(name_or_path)
     where = {"trust_remote_code": trust_remote_code, "local_files_only": Path(source).is_dir()}
     with _quiet_transformers(), _one_line_errors(source):
@@ -58,7 +59,7 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(target), tokenizer, spec
+    return (spread(model) if target is None else model.to(target)), tokenizer, spec
 
 
 def check_tokens(model: Any, ids: Sequence[int], where: str) -> None:
@@ -90,7 +91,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"'{name}' is not a device; write for example cpu, cuda or cuda:1") from error
+        raise ModelError(f"'{name}' is not a device; write for example cpu, cuda, cuda:1 or auto") from error
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvplan.errors import ModelError
 from kvplan.model_spec import ADVICE, ModelSpec
+from kvplan.placement import input_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,8 +130,7 @@ def check_runs(model: Any, spec: ModelSpec) -> None:
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     trial = _Trial(spec)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=input_device(model))
     token = _TRIAL.set(trial)
     try:
         with switched(model, IMPLEMENTATION), torch.no_grad():

@@ -24,6 +24,7 @@ from kvplan.calibrate.residual import ResidualProbe, decoder_layers
 from kvplan.calibrate.statistics import MASS_LEVELS, MOMENT_NAMES, SHARING_TOKENS, LayerProfile, Moments, Statistics
 from kvplan.errors import DataError, ModelError
 from kvplan.loading import check_tokens
+from kvplan.placement import input_device
 
 IMPLEMENTATION = "kvplan_calibrate"
 
@@ -161,7 +162,7 @@ def prompt_hash(example: Example) -> str:
 
 def _forward(base: nn.Module, prompts: list[tuple[int, ...]], sinks: int, recent: int) -> _Batch:
     """Run one batch, padded on the left; the hooks and the attention function fill the returned batch."""
-    device = next(base.parameters()).device
+    device = input_device(base)
     lengths = [len(p) for p in prompts]
     batch = _Batch.of(lengths, device, sinks, recent)
     T = max(lengths)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from kvplan.check.results import Cost
 from kvplan.check.timing import Spread, in_turn, ratio, seconds
 from kvplan.model_spec import ModelSpec
+from kvplan.placement import input_device
 from kvplan.policy.schema import Policy
 from kvplan.runtime.attach import Runtime, attach, full_policy
 from kvplan.runtime.cache import PolicyCache
@@ -42,7 +43,7 @@ def costs(
     Raises:
         MemoryPlanExceeded: a cache holds more than its policy plans.
     """
-    ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
+    ids = torch.tensor([prompt_ids], device=input_device(model))
     found = {}
     for name, policy in policies.items():
         found[name] = _bytes(model, spec, policy, ids)

@@ -21,6 +21,7 @@ from kvplan.check.scorers import PREDICTED, scorers
 from kvplan.check.scoring import Measured, Scorer
 from kvplan.errors import DataError, MemoryPlanExceeded, MethodError, RuntimeLimitError
 from kvplan.model_spec import ModelSpec
+from kvplan.placement import input_device
 from kvplan.policy.schema import Policy
 from kvplan.policy.serialize import policy_fingerprint
 from kvplan.registry import unknown
@@ -140,7 +141,7 @@ def evaluate(
         data=DataIdentity(fingerprint=_fingerprint(examples, judges), sources=tuple(sources), prompts=len(examples)),
         policies=tuple(results),
         seed=seed,
-        device=str(next(model.parameters()).device),
+        device=str(input_device(model)),
         settings=dict(settings or {}),
     )
 

@@ -14,6 +14,7 @@ from kvplan.check.decode import copied, greedy
 from kvplan.errors import DataError
 from kvplan.loading import check_tokens
 from kvplan.model_spec import ModelSpec
+from kvplan.placement import input_device
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.runtime.attach import Runtime, attach
@@ -177,7 +178,7 @@ class Scorer:
         if key in self._batches:
             return self._batches[key]
         examples = [self.examples[i] for i in indices]
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         ids, valid = pad([e.prompt_ids for e in examples], left=True, device=device)
         continuation, _ = pad([e.continuation_ids for e in examples], left=False, device=device)
         prompt = capture(self.model, self._full, self.spec, ids, valid)

@@ -20,7 +20,7 @@ def command(
     new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens that are decoded and timed.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up.")] = 5,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random prompt.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the policy's")
     ] = None,

@@ -46,7 +46,7 @@ def command(
             show_default="all",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Draws the rows of a dataset.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,

@@ -55,7 +55,7 @@ def command(
         bool, typer.Option("--compare", help="Also run the full cache and show the difference.")
     ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is made.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the policy's")
     ] = None,

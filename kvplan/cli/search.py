@@ -97,7 +97,7 @@ def command(
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
     recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
     min_slots: Annotated[int, typer.Option(min=1, help="Fewest slots of a layer.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,

@@ -29,7 +29,7 @@ def command(
     timeout: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Add trials to a study that kvplan search has created, until it has all of them.

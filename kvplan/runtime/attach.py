@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kvplan.errors import RuntimeLimitError
 from kvplan.model_spec import ModelSpec
+from kvplan.placement import layer_devices
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.policy.serialize import check_model, check_policy, load_policy
 from kvplan.probe import check_runs, switched
@@ -121,6 +122,7 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
     if getattr(model, _ATTACHED, False):
         raise RuntimeLimitError("a policy is already attached to this model; leave its `with` block first")
     check_runs(model, spec)
+    _refuse_sharing_across_devices(model, policy)
     attached = Attached()
     with switched(model, register()), _without_projections(model, policy), _in_chunks(model, policy):
         setattr(model, _ATTACHED, True)
@@ -129,6 +131,16 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
         finally:
             attached.active = False
             delattr(model, _ATTACHED)
+
+
+def _refuse_sharing_across_devices(model: nn.Module, policy: Policy) -> None:
+    devices = layer_devices(model)
+    for layer, plan in enumerate(policy.layers):
+        if plan.shares is not None and devices.get(layer) != devices.get(plan.shares):
+            raise RuntimeLimitError(
+                f"layer {layer} shares the cache of layer {plan.shares}, but they are on the devices {devices[layer]} "
+                f"and {devices[plan.shares]}; search with --without sharing, or load the model on one device"
+            )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kvplan.errors import MemoryPlanExceeded, RuntimeLimitError
+from kvplan.placement import input_device
 from kvplan.policy.memory import plan
 from kvplan.runtime.attach import Runtime
 
@@ -101,7 +102,7 @@ def generate(
         RuntimeLimitError: the batch does not fit on the device, or the scores to sample from are not numbers.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids, mask = _pad_left(prompts, pad, next(runtime.model.parameters()).device)
+    ids, mask = _pad_left(prompts, pad, input_device(runtime.model))
     cache, clock = runtime.new_cache(), _Clock()
     if seed is not None:
         torch.manual_seed(seed)

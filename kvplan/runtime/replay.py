@@ -68,7 +68,7 @@ class PromptCapture:
         asked = (layer.evicts, policy.evictor, policy.channels, layer.heads_as_rows)
         if asked not in captured.stats:
             captured.stats[asked] = layer.observe_prompt(
-                captured.queries, captured.keys, captured.values, self.valid, captured.args
+                captured.queries, captured.keys, captured.values, self.valid.to(captured.keys.device), captured.args
             )
         return captured.stats[asked]
 

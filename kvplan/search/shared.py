@@ -38,9 +38,15 @@ class SharedStudy:
 
     @classmethod
     def create(
-        cls, storage: Storage, name: str | None, definition: Definition, identity: Mapping[str, Any], trials: int
+        cls,
+        storage: Storage,
+        name: str | None,
+        definition: Definition,
+        identity: Mapping[str, Any],
+        trials: int,
+        starts: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> SharedStudy:
-        """Create a study of `trials` trials, or go on with the one that is there.
+        """Create a study of `trials` trials, with its warm starts in the queue, or go on with the one that is there.
 
         Raises:
             StudyError: the one that is there is of another identity.
@@ -52,6 +58,9 @@ class SharedStudy:
         study = optuna.create_study(storage=storage.backend, study_name=name, load_if_exists=True)
         attrs = study.user_attrs
         if IDENTITY not in attrs:
+            # Before anybody can join: all at once, they would each queue the warm starts, and void all but one of each.
+            for params, labels in Ledger.read(study, trials).owed(starts or {}):
+                study.enqueue_trial(params, user_attrs=labels)
             # Two that create one study at once write the same, or the second finds out below.
             study.set_user_attr(DEFINITION, definition.to_json())
             study.set_user_attr(IDENTITY, dict(identity))

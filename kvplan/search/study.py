@@ -147,7 +147,7 @@ def search(
             on_trial(row, run.best or row, len(run.rows))
 
     with quiet(), open_storage(storage, say) as opened:
-        shared = SharedStudy.create(opened, study, definition, known, trials)
+        shared = SharedStudy.create(opened, study, definition, known, trials, run.starts)
         report([], run.take_over(shared.ledger()))
         resumed, already_done = len(run.rows), run.num_done
         if run.num_done < trials:
@@ -180,6 +180,7 @@ class TrialRun:
         self, definition: Definition, spec: ModelSpec, score: Score, judge: Judge, provenance: dict[str, Any]
     ) -> None:
         self.compiler, self.space = definition.space(spec)
+        self.starts = {start.label: self.space.flat(start.params) for start in self.space.warm_starts()}
         self.identity = definition.identity(spec, self.compiler, self.space)
         self.score, self.prompts = score, list(definition.search_prompts)
         self.provenance, self.judge = provenance, judge
@@ -206,7 +207,6 @@ class TrialRun:
             report: Called with the rows that were done since the last call, and whether one is the best so far.
             say: Told of dead workers.
         """
-        starts = {start.label: self.space.flat(start.params) for start in self.space.warm_starts()}
         ledger = shared.ledger()
         shared.study.sampler = _sampler(shared, ledger)
         while True:
@@ -217,7 +217,7 @@ class TrialRun:
                 return
             if self.num_done and time.monotonic() >= deadline:
                 return
-            ledger, dead = shared.tidy(ledger, starts)
+            ledger, dead = shared.tidy(ledger, self.starts)
             for trial in dead:
                 say(f"trial {trial.number}: {_fate(trial, ledger)}")
             if not ledger.may_start:

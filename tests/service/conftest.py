@@ -14,7 +14,7 @@ _numbers = count()
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     pytest.importorskip("psycopg", reason="no PostgreSQL driver: pip install 'kvplan[postgres]'")
-    opened = running_server()
+    opened = running_server("fsync=off")  # a crash of the machine is not tested
     try:
         found = opened.__enter__()
     except NoServer as error:
