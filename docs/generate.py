@@ -172,8 +172,13 @@ def notes(cls: type) -> str:
 
 
 def needs(cls: type[Evictor]) -> str:
-    told = {Signal.QUERIES: "the prompt's last queries", Signal.COLUMN_SUMS: "attention of all the prompt's queries"}
-    return ", ".join(text for signal, text in told.items() if signal in cls.needs) or "keys alone"
+    told = {
+        Signal.QUERIES: "the prompt's last queries",
+        Signal.COLUMN_SUMS: "attention of all the prompt's queries",
+        Signal.ALL_QUERIES: "all the prompt's queries",
+        Signal.ROTATION: "how the model rotates them",
+    }
+    return ", ".join(text for signal, text in told.items() if signal in cls.needs) or "no queries"
 
 
 def storage(cls: type[Evictor]) -> str:

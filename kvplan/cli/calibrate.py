@@ -37,6 +37,13 @@ def command(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity/--no-sensitivity", help="Cut each layer alone and see what it costs.")
     ] = True,
+    evictor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An evictor to cut layers by; may be repeated. Each costs as much time as the next.",
+            show_default="snapkv, knorm, h2o, tova, streaming",
+        ),
+    ] = None,
     sensitivity_prompts: Annotated[int, typer.Option(min=1, help="Prompts for that, from the tasks in turn.")] = 12,
     shard: Annotated[
         str | None,
@@ -71,12 +78,16 @@ def command(
     from kvplan.calibrate.collect import collect
     from kvplan.calibrate.profile import Profile
     from kvplan.calibrate.prompts import load_examples
-    from kvplan.calibrate.sensitivity import measure, num_replays, stratified
+    from kvplan.calibrate.sensitivity import EVICTORS, SHARES, measure, num_replays, stratified
     from kvplan.cli.console import note, out, progress, warn
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
+    from kvplan.methods.evictors import evictors as known_evictors
     from kvplan.report.profile import table
 
+    evictors = tuple(dict.fromkeys(evictor or EVICTORS))
+    for name in evictors:
+        known_evictors[name]  # an unknown name is better told before the work than after it
     torch.manual_seed(seed)
     start = time.perf_counter()
     network, tokenizer, spec = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -109,8 +120,8 @@ def command(
         else:
             start = time.perf_counter()
             scorer = Scorer(network, spec, chosen)
-            with progress("sensitivity", num_replays(spec)) as advance:
-                sums = measure(scorer.score, spec, len(chosen), progress=_steps(advance))
+            with progress("sensitivity", num_replays(spec, len(evictors) * len(SHARES))) as advance:
+                sums = measure(scorer.score, spec, len(chosen), evictors=evictors, progress=_steps(advance))
             sums = replace(sums, seconds=time.perf_counter() - start)
     versions = {
         "kvplan": __version__,

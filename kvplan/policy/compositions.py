@@ -52,10 +52,11 @@ def _elastic(layer: LayerPolicy) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         "codec",
-        "an evictor that frees single slots (h2o, tova, corm) with a codec that encodes groups of tokens (kivi keys)",
+        "an evictor that frees single slots (h2o, tova, scissorhands, corm) with a codec that encodes groups of tokens "
+        "(kivi keys)",
         lambda layer: _grouped(layer) and _frees_single_slots(layer),
-        "a token cannot leave its group alone; use an evictor that fills a ring (streaming, sliding, snapkv, knorm), "
-        "or a codec whose slots stand alone (int8, fp8, turboquant)",
+        "a token cannot leave its group alone; use an evictor that fills a ring (streaming, sliding, snapkv, knorm, "
+        "keydiff, lagkv, expected), or a codec whose slots stand alone (int8, fp8, turboquant)",
     ),
     Rule(
         "head_split",

@@ -21,6 +21,7 @@ from kvplan.policy.serialize import check_model, check_policy, load_policy
 from kvplan.probe import check_runs, switched
 from kvplan.runtime.attention import register
 from kvplan.runtime.cache import Attached, PolicyCache
+from kvplan.runtime.rotary import Rotaries, rotaries_for
 
 _ATTACHED = "_kvplan_attached"
 CHUNKS_NEED = Version("5.23.0")
@@ -34,10 +35,11 @@ class Runtime:
     policy: Policy
     spec: ModelSpec
     attached: Attached
+    rotaries: Rotaries | None = None
 
     def new_cache(self) -> PolicyCache:
         """An empty cache for one batch of sequences."""
-        return PolicyCache(self.policy, self.spec, self.attached)
+        return PolicyCache(self.policy, self.spec, self.attached, self.rotaries)
 
     def generate(
         self,
@@ -112,7 +114,8 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
 
     Raises:
         PolicyError: the policy does not fit the model.
-        ModelError: the model cannot be planned, or does not use its cache and attention as a policy needs.
+        ModelError: the model cannot be planned, or does not use its cache and attention as a policy needs, or an
+            evictor must know how it rotates its queries and that could not be told.
         RuntimeLimitError: another policy is attached to this model.
     """
     policy = policy if isinstance(policy, Policy) else load_policy(policy)
@@ -123,11 +126,12 @@ def attach(model: Any, policy: Policy | str | Path, spec: ModelSpec | None = Non
         raise RuntimeLimitError("a policy is already attached to this model; leave its `with` block first")
     check_runs(model, spec)
     _refuse_sharing_across_devices(model, policy)
+    rotaries = rotaries_for(model, policy, spec)
     attached = Attached()
     with switched(model, register()), _without_projections(model, policy), _in_chunks(model, policy):
         setattr(model, _ATTACHED, True)
         try:
-            yield Runtime(model, policy, spec, attached)
+            yield Runtime(model, policy, spec, attached, rotaries)
         finally:
             attached.active = False
             delattr(model, _ATTACHED)

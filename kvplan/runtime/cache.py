@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from kvplan.runtime.layers.elastic import ElasticLayer
 from kvplan.runtime.layers.per_head import PerHeadLayer
 from kvplan.runtime.layers.shared import SharedLayer
 from kvplan.runtime.layers.staged import StagedLayer
+from kvplan.runtime.rotary import Rotaries
 
 
 @dataclass
@@ -79,10 +80,18 @@ class PolicyCache(Cache):
         policy: What each layer keeps.
         spec: The model's shape.
         attached: Goes false when the policy leaves the model.
+        rotaries: How the model rotates its queries; None: no evictor asks.
     """
 
-    def __init__(self, policy: Policy, spec: ModelSpec, attached: Attached | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        spec: ModelSpec,
+        attached: Attached | None = None,
+        rotaries: Rotaries | None = None,
+    ) -> None:
         super().__init__(layers=[build_layer(policy, spec, i) for i in range(spec.num_layers)])
+        self.rotaries = rotaries
         self.policy, self.spec, self.attached = policy, spec, attached or Attached()
         self.padding: Tensor | None = None
         self.mask_noted = False
@@ -146,7 +155,10 @@ class PolicyCache(Cache):
                 "make a new cache for each batch of prompts"
             )
         source = self.policy.source(index)
-        if self.in_prompt_chunks(q.shape[2], layer.columns):
+        in_chunks = self.in_prompt_chunks(q.shape[2], layer.columns)
+        if self.rotaries is not None and (in_chunks or layer.columns == 0):
+            args = replace(args, rotation=self.rotaries.rotation(index))
+        if in_chunks:
             output = self._run_later(index, source, q, keys, values, args, self._valid(keys, first=layer.columns == 0))
         elif layer.columns == 0:
             output = self._run_prompt(index, source, q, keys, values, args, prefill)

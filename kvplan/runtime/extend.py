@@ -111,5 +111,6 @@ def score_scan(
         visible[:, :, step] = alive
         probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
         seen = torch.minimum(held + step + 1, limits)[:, None, None]
-        scores = evictor.observe(scores, probs[..., 0, :].float(), Step(now[:, :1], seen))
+        observed = evictor.observe(scores, probs[..., 0, :].float(), Step(now[:, :1], seen))
+        scores = torch.where(alive, observed, scores)  # what has not come yet is not judged
     return visible, scores, alive, slots

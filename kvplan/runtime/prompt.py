@@ -12,10 +12,10 @@ from kvplan.runtime.kernels.dense import AttentionArgs
 
 
 def prompt_view(
-    evictor: Evictor, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs
+    evictor: Evictor, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs, sink_tokens: int
 ) -> PromptView:
     """The view with just the signals that the evictor needs."""
-    wants_sums = Signal.COLUMN_SUMS in evictor.needs
+    wants_sums, wants_all = Signal.COLUMN_SUMS in evictor.needs, Signal.ALL_QUERIES in evictor.needs
     return PromptView(
         keys=keys,
         values=values,
@@ -23,8 +23,10 @@ def prompt_view(
         scaling=args.scaling,
         softcap=args.softcap,
         sink_logits=args.sink_logits,
-        queries=q[:, :, -max(evictor.window_tokens_needed, 1) :],
+        queries=q if wants_all else q[:, :, -max(evictor.window_tokens_needed, 1) :],
         column_sums=choose.column_sums(q, keys, valid, args) if wants_sums else None,
+        sink_tokens=sink_tokens,
+        rotation=args.rotation,
     )
 
 

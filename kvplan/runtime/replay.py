@@ -20,6 +20,7 @@ from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats
 from kvplan.runtime.layers.budgeted import BudgetedLayer
 from kvplan.runtime.prompt import row_lengths
+from kvplan.runtime.rotary import find_rotaries
 
 
 @dataclass
@@ -65,7 +66,7 @@ class PromptCapture:
     def stats(self, index: int, layer: PolicyLayer) -> PromptStats:
         """What a layer's policy asks of the prompt, computed when first asked for and then kept."""
         captured, policy = self.layers[index], layer.policy
-        asked = (layer.evicts, policy.evictor, policy.channels, layer.heads_as_rows)
+        asked = (layer.evicts, policy.evictor, policy.protected_sinks, policy.channels, layer.heads_as_rows)
         if asked not in captured.stats:
             captured.stats[asked] = layer.observe_prompt(
                 captured.queries, captured.keys, captured.values, self.valid.to(captured.keys.device), captured.args
@@ -87,6 +88,7 @@ def capture(model: Any, policy: Policy, spec: Any, ids: Tensor, valid: Tensor) -
     """
     with attach(model, policy, spec) as runtime, torch.no_grad():
         cache = runtime.new_cache()
+        cache.rotaries = find_rotaries(model, spec)  # a policy to come may ask
         cache.layers = [_CapturingLayer(p, s) for p, s in zip(policy.layers, spec.layers, strict=True)]
         logits = forward(runtime, cache, ids, positions_of(valid), valid, last_only=True)
     return PromptCapture([layer.captured for layer in cache.layers], valid, logits[:, -1])

@@ -28,7 +28,8 @@ GROUPS = codecs["kivi"](bits=2, group=4, residual_tokens=8)
 
 
 def evictor(name: str) -> Any:
-    return evictors[name](window_tokens=5) if name in ("corm", "snapkv") else evictors[name]()
+    small = {"corm": {"window_tokens": 5}, "snapkv": {"window_tokens": 5}, "lagkv": {"lag_tokens": 5}}
+    return evictors[name](**small.get(name, {}))
 
 
 def small(name: str) -> Any:

@@ -7,14 +7,22 @@ import dataclasses
 import pytest
 import torch
 
-from kvplan.methods.evictors import PromptView, Signal, evictors
+from kvplan.methods.evictors import Evictor, PromptView, Signal, evictors
 from kvplan.methods.params import Choice, IntRange, search_ranges, settings
+from kvplan.methods.rotation import Rotation
 from kvplan.policy.schema import LayerPolicy, Slots
 from kvplan.runtime.kernels.choose import column_sums
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.prompt import slot_order
 
 B, HQ, HKV, T, D = 2, 4, 2, 40, 8
+# Small enough to matter on a short prompt.
+PARAMETERS = {"lagkv": {"lag_tokens": 5}, "scissorhands": {"history_tokens": 7}}
+ROTATION = Rotation(torch.arange(3), torch.arange(3, 6), torch.tensor([1.0, 0.3, 0.01]))
+
+
+def small(name: str) -> Evictor:
+    return evictors[name](**PARAMETERS.get(name, {}))
 
 
 def view(dtype: torch.dtype = torch.float32, pad: int = 0) -> PromptView:
@@ -23,7 +31,7 @@ def view(dtype: torch.dtype = torch.float32, pad: int = 0) -> PromptView:
     valid = torch.ones(B, T, dtype=torch.bool)
     valid[1, :pad] = False
     return PromptView(
-        keys=k, values=v, valid=valid, scaling=D**-0.5, queries=q,
+        keys=k, values=v, valid=valid, scaling=D**-0.5, queries=q, sink_tokens=3, rotation=ROTATION,
         column_sums=column_sums(q, k, valid, AttentionArgs(D**-0.5)),
     )  # fmt: skip
 
@@ -31,7 +39,7 @@ def view(dtype: torch.dtype = torch.float32, pad: int = 0) -> PromptView:
 @pytest.mark.parametrize("name", evictors.names())
 class TestEveryEvictor:
     def test_scores_have_the_promised_shape_and_dtype(self, name: str) -> None:
-        evictor = evictors[name]()
+        evictor = small(name)
         for dtype in (torch.float32, torch.bfloat16):
             scores = evictor.score(view(dtype))
             assert scores.shape == (B, 1 if evictor.one_set_for_all_heads else HKV, T)
@@ -39,7 +47,7 @@ class TestEveryEvictor:
             assert scores.isfinite().all()
 
     def test_scores_are_deterministic(self, name: str) -> None:
-        assert torch.equal(evictors[name]().score(view()), evictors[name]().score(view()))
+        assert torch.equal(small(name).score(view()), small(name).score(view()))
 
     def test_padding_does_not_change_what_real_tokens_score(self, name: str) -> None:
         padded, pad = view(pad=13), 13
@@ -49,7 +57,7 @@ class TestEveryEvictor:
             padded, keys=keys, values=padded.values[1:, :, pad:], valid=valid, queries=queries,
             column_sums=column_sums(queries, keys, valid, AttentionArgs(D**-0.5)),
         )  # fmt: skip
-        evictor = evictors[name]()
+        evictor = small(name)
         mine, own = evictor.score(padded)[1, :, pad:], evictor.score(alone)[0]
         if name in ("streaming", "sliding"):  # positions: only their order matters
             mine, own = mine.argsort(-1), own.argsort(-1)
@@ -61,7 +69,7 @@ class TestEveryEvictor:
             whole,
             **{f: getattr(whole, f).flip(0) for f in ("keys", "values", "valid", "queries", "column_sums")},
         )
-        evictor = evictors[name]()
+        evictor = small(name)
         torch.testing.assert_close(evictor.score(swapped), evictor.score(whole).flip(0))
 
     @pytest.mark.parametrize("capacity", [8, 17, 39])

@@ -1,15 +1,20 @@
 """Golden vectors: what the reference implementations keep on a fixture of integer arithmetic.
 
 Sources: kvpress 0.5.4 (`ScorerPress.score`, then top-k), FMInference/H2O `H2OKVCache_LayerWise`, schwartz-lab-NLP/TOVA,
-FasterDecoding/SnapKV. Fixture: x = ((7n^3 + 31n^2 + 17n + 101s) mod 1009) / 1009 - 0.5 over n = 0, 1, ...
+FasterDecoding/SnapKV, AI-Lab-China-Merchants-Bank/LagKV.
+
+Fixture: x = ((7n^3 + 31n^2 + 17n + 101s) mod 1009) / 1009 - 0.5 over n = 0, 1, ...
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
 from kvplan.methods.evictors import PromptView, evictors
+from kvplan.methods.rotation import Rotation
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.schema import LayerPolicy, Slots
 from kvplan.runtime.kernels.choose import column_sums
@@ -75,6 +80,78 @@ def test_h2o_sums_are_the_references() -> None:
     ]
     per_kv_head = column_sums(Q, K, valid, ARGS)[0, :, :40]
     assert top(per_kv_head, 8) == [[0, 1, 2, 4, 6, 7, 9, 11], [0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions 0 to 47, written as the references do."""
+    angles = torch.arange(T)[:, None] * 10000 ** (-torch.arange(0, D, 2) / D)
+    angles = torch.cat([angles, angles], -1)
+    half = torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1)
+    return x * angles.cos() + half * angles.sin()
+
+
+def future_view() -> PromptView:
+    rotation = Rotation(torch.arange(4), torch.arange(4, 8), 10000 ** (-torch.arange(0, D, 2) / D))
+    valid = torch.ones(1, T, dtype=torch.bool)
+    return PromptView(
+        keys=rotated(K), values=V, valid=valid, scaling=ARGS.scaling, queries=rotated(Q), sink_tokens=4,
+        rotation=rotation,
+    )  # fmt: skip
+
+
+def test_expected_attention_scores_and_keeps_what_kvpress_does() -> None:
+    scores = evictors["expected"](future_tokens=16, epsilon=0.0).score(future_view())[0]
+    torch.testing.assert_close(scores[0, 4:8], torch.tensor([0.02544999, 0.01295120, 0.02397384, 0.03151110]))
+    assert top(scores, 16) == [
+        [0, 1, 2, 3, 4, 7, 9, 17, 18, 22, 31, 32, 35, 43, 44, 45],
+        [0, 1, 2, 3, 6, 18, 19, 20, 24, 26, 27, 28, 33, 34, 41, 47],
+    ]
+
+
+def test_expected_attention_by_the_mean_alone_keeps_what_kvpress_keeps() -> None:
+    scores = evictors["expected"](future_tokens=16, epsilon=0.0, covariance=False, value_norm=False).score(
+        future_view()
+    )[0]
+    assert top(scores, 16) == [
+        [0, 1, 2, 3, 5, 6, 7, 10, 14, 15, 17, 22, 25, 26, 31, 34],
+        [0, 1, 2, 3, 6, 8, 14, 18, 20, 21, 26, 28, 32, 33, 41, 47],
+    ]
+
+
+def test_a_rotation_at_the_next_position_alone_is_exact() -> None:
+    """With one future position, what is scored is the mean of the queries rotated to just there."""
+    view = future_view()
+    assert view.rotation is not None and view.queries is not None
+    steps = (T - torch.arange(T))[None]
+    there = view.rotation.moved(view.queries, steps)
+    plain = dataclasses.replace(view, queries=there, rotation=None)
+    mine = evictors["expected"](future_tokens=1).score(view)
+    torch.testing.assert_close(mine, evictors["expected"]().score(plain), rtol=1e-4, atol=1e-5)
+    angles = (T * view.rotation.frequencies).repeat(2)
+    half = torch.cat([-Q[..., D // 2 :], Q[..., : D // 2]], -1)
+    torch.testing.assert_close(there, Q * angles.cos() + half * angles.sin(), rtol=1e-4, atol=1e-5)
+
+
+def test_keydiff_keeps_what_kvpress_keeps() -> None:
+    assert top(evictors["keydiff"]().score(view())[0], 16) == [
+        [1, 2, 3, 5, 6, 9, 10, 11, 13, 18, 20, 25, 37, 43, 44, 47],
+        [0, 1, 10, 12, 16, 17, 21, 23, 25, 28, 29, 33, 38, 41, 42, 47],
+    ]
+
+
+def test_lagkv_keeps_what_both_references_keep() -> None:
+    policy = LayerPolicy(
+        slots=Slots(tokens=32), sink_tokens=2, recent_tokens=1, evictor=evictors["lagkv"](lag_tokens=8)
+    )
+    layer = BudgetedLayer(policy, LayerSpec(2, D, D))
+    layer.store_prompt(Q, K, V, torch.ones(1, T, dtype=torch.bool), ARGS)
+    held = layer.pool.row(0).columns["keys.x"][0]
+    kept = [sorted(int((K[0, h] == key).all(-1).nonzero()[0]) for key in held[h]) for h in range(2)]
+    tail = list(range(34, 48))
+    assert kept == [
+        [0, 1, 3, 6, 7, 9, 11, 13, 15, 17, 18, 20, 22, 25, 27, 30, 31, 32, *tail],
+        [0, 1, 3, 4, 6, 7, 10, 15, 16, 17, 18, 19, 20, 24, 28, 29, 31, 33, *tail],
+    ]
 
 
 def run(

@@ -218,7 +218,7 @@ ONE_PROBLEM = {
     "unknown evictor": (
         layers("0-3: {slots: full}", "4-15: {slots: 64, evictor: snapvk}"),
         "p.yaml:4:30: layers.4-15.evictor: unknown evictor 'snapvk'; did you mean 'snapkv'? "
-        "(known: corm, h2o, knorm, sliding, snapkv, streaming, tova)",
+        "(known: corm, expected, h2o, keydiff, knorm, lagkv, scissorhands, sliding, snapkv, streaming, tova)",
     ),
     "unknown parameter": (
         layers("0: {slots: 64, evictor: {snapkv: {window: 8}}}"),
@@ -245,7 +245,7 @@ ONE_PROBLEM = {
     "evictor by number": (
         layers("0: {slots: 64, evictor: {5: {}}}"),
         "p.yaml:3:27: layers.0.evictor: unknown evictor '5' "
-        "(known: corm, h2o, knorm, sliding, snapkv, streaming, tova)",
+        "(known: corm, expected, h2o, keydiff, knorm, lagkv, scissorhands, sliding, snapkv, streaming, tova)",
     ),
     "overlap": (
         layers("0-3: {slots: full}", "2-5: {slots: 64}"),

@@ -140,7 +140,7 @@ def test_sinks_and_recent_tokens_stay_in_every_chunk(llama: Any, name: str) -> N
                     assert max(head.tolist(), default=0) < max(seen, 1)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "knorm", "tova"])
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "knorm", "tova", "keydiff", "scissorhands"])
 def test_scores_are_those_of_plain_attention_over_slots_and_chunk(llama: Any, name: str) -> None:
     """The second chunk of the first layer by hand: the slots in order of time, then the chunk, ranked as one prompt."""
     evictor = evictors["snapkv"](window_tokens=3) if name == "snapkv" else evictors[name]()
@@ -173,6 +173,12 @@ def test_scores_are_those_of_plain_attention_over_slots_and_chunk(llama: Any, na
             scores = probs.mean(0).sum(0) + torch.cat([old["scores"][0, head][order].double(), torch.zeros(16)])
         elif name == "knorm":
             scores = -keys.norm(dim=-1)
+        elif name == "keydiff":
+            unit = keys / keys.norm(dim=-1, keepdim=True)
+            scores = -(unit @ unit.T).sum(-1)
+        elif name == "scissorhands":
+            seen_by = causal.sum(-1, keepdim=True)
+            scores = -((probs <= 1 / seen_by) & causal).double().mean(0).sum(0)
         elif name == "snapkv":
             votes = probs[:, -3:].mean((0, 1))[:-3].tolist()
             padded = [0.0, 0.0, *votes, 0.0, 0.0]
@@ -190,7 +196,7 @@ def test_scores_are_those_of_plain_attention_over_slots_and_chunk(llama: Any, na
 
 
 def check_kept(cache: Any, head: int, times: list[int], scores: torch.Tensor) -> None:
-    ranked = sorted((i for i, t in enumerate(times) if 2 <= t < 28), key=lambda i: -float(scores[i]))
+    ranked = sorted((i for i, t in enumerate(times) if 2 <= t < 28), key=lambda i: (-float(scores[i]), -i))
     kept = {0, 1, 28, 29, 30, 31, *(times[i] for i in ranked[:6])}
     assert set(cache.layers[0].pool.row(0).positions[0, head].tolist()) == kept
 

@@ -15,6 +15,8 @@ from kvplan.runtime.layers.budgeted import BudgetedLayer
 HQ, HKV, D = 4, 2, 8
 ARGS = AttentionArgs(scaling=D**-0.5)
 SPEC = LayerSpec(HKV, D, D)
+# Small enough to matter on short prompts.
+PARAMETERS = {"lagkv": {"lag_tokens": 8}, "scissorhands": {"history_tokens": 13}}
 BUDGETED = [name for name in evictors.names() if evictors[name]().forgets_after is None]
 
 
@@ -25,7 +27,8 @@ def tensors(rows: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 
 def layer(name: str, slots: int, sinks: int = 2, recent: int = 4) -> BudgetedLayer:
-    policy = LayerPolicy(slots=Slots(tokens=slots), sink_tokens=sinks, recent_tokens=recent, evictor=evictors[name]())
+    evictor = evictors[name](**PARAMETERS.get(name, {}))
+    policy = LayerPolicy(slots=Slots(tokens=slots), sink_tokens=sinks, recent_tokens=recent, evictor=evictor)
     return BudgetedLayer(policy, SPEC)
 
 
@@ -47,7 +50,7 @@ def test_agrees_with_the_list_oracle(name: str, prompt: int, slots: int) -> None
     q, k, v = tensors(1, prompt + 40)
     made, oracle = layer(name, slots), ListCache(name, slots, 2, 4, ARGS.scaling)
     prefill(made, q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt])
-    oracle.prefill(q[0, :, :prompt], k[0, :, :prompt])
+    oracle.prefill(q[0, :, :prompt], k[0, :, :prompt], v[0, :, :prompt])
     assert held_positions(made, k[0]) == oracle.alive
     for t in range(prompt, prompt + 40):
         made.append(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], ARGS)

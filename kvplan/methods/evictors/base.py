@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kvplan.methods.rotation import Rotation
 from kvplan.registry import Registry
 
 POSITION_BYTES = 4  # int32
@@ -21,6 +22,8 @@ class Signal(Flag):
     NONE = 0
     QUERIES = auto()  # the last queries of the prompt
     COLUMN_SUMS = auto()  # attention mass that each key received from all queries of the prompt
+    ALL_QUERIES = auto()  # the whole prompt's queries
+    ROTATION = auto()  # how positions are written into them
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class PromptView:
         sink_logits: [Hq] learned logits that take softmax mass (gpt-oss), or [B, Hq]; or None.
         positions: [B, H, T] positions where the columns are not in order of time (a chunk beside the slots kept so
             far), H is Hkv or 1; or None: column order.
+        sink_tokens: First tokens of each row that the layer keeps whatever they score.
+        rotation: How queries and keys were rotated; None: the model does not rotate them.
     """
 
     keys: Tensor
@@ -49,6 +54,13 @@ class PromptView:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     positions: Tensor | None = None
+    sink_tokens: int = 0
+    rotation: Rotation | None = None
+
+    @property
+    def times(self) -> Tensor:
+        """[B, Hkv or 1, T] int64 position of each column's token in its row; of no meaning on padding."""
+        return (self.valid.cumsum(-1) - 1)[:, None] if self.positions is None else self.positions
 
 
 @dataclass(frozen=True)

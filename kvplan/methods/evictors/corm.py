@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from kvplan.errors import MethodError
 from kvplan.methods.evictors.base import Evictor, PromptView, Signal, Step, evictors
-from kvplan.methods.evictors.window import window_attention
+from kvplan.methods.evictors.window import attention_blocks
 from kvplan.methods.params import IntRange, tunable
 
-QUERY_BLOCK = 128
 # The score of position 0. A score of exactly 0 marks a slot just filled; no sum or difference can tell the two apart.
 POSITION_ZERO = -torch.finfo(torch.float32).tiny
 
@@ -59,20 +57,10 @@ class CORM(Evictor):
 
     def score(self, view: PromptView) -> Tensor:
         """Return [B, Hkv, T] float32: where each token was last important; finite, never exactly 0."""
-        assert view.queries is not None
         B, Hkv, T, _ = view.keys.shape
         position = view.valid.cumsum(-1) - 1  # [B, T]
         last = (position - 1)[:, None].expand(B, Hkv, T).float()
-        W = min(self.window_tokens, T, view.queries.shape[2])
-        for start in range(T - W, T, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, T)
-            block = dataclasses.replace(
-                view,
-                queries=view.queries[:, :, start - T : stop - T or None],
-                keys=view.keys[:, :, :stop],
-                valid=view.valid[:, :stop],
-            )
-            probs, _ = window_attention(block, stop - start)
+        for start, stop, probs in attention_blocks(view, self.window_tokens):
             rows = position[:, None, start:stop, None].float()  # [B, 1, W, 1]
             important = probs.amax(2) >= 1 / (rows + 1)  # [B, Hkv, W, stop]; rows of padding have no mass
             seen_at = torch.where(important, rows, -torch.inf).amax(2)

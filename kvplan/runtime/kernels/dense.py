@@ -8,16 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvplan.methods.rotation import Rotation
 from kvplan.methods.softmax import capped, masked_softmax
 
 
 @dataclass(frozen=True)
 class AttentionArgs:
-    """What a model asks of its attention: scale, logit soft cap and learned sink logits [Hq] or [B, Hq] (or None)."""
+    """What a model asks of its attention: scale, logit soft cap and learned sink logits [Hq] or [B, Hq] (or None).
+
+    `rotation` is how it had rotated queries and keys: no kernel's business, but an evictor's.
+    """
 
     scaling: float
     softcap: float | None = None
     sink_logits: Tensor | None = None
+    rotation: Rotation | None = None
 
     @property
     def plain(self) -> bool:

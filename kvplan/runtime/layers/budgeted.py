@@ -160,7 +160,7 @@ class BudgetedLayer(PolicyLayer):
     ) -> PromptStats:
         scores = None
         if self.evicts:
-            scores = self.evictor.score(prompt_view(self.evictor, q, keys, values, valid, args))
+            scores = self.evictor.score(prompt_view(self.evictor, q, keys, values, valid, args, self.sinks))
         return PromptStats(scores, prompt_channels(self.policy, q, keys, valid))
 
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
@@ -454,7 +454,7 @@ class BudgetedLayer(PolicyLayer):
         out = attend_seen(q, [seen], args)
         scores = None
         if self.evicts:
-            view = prompt_view(self.evictor, q, _dense(part.keys), _dense(part.values), present, args)
+            view = prompt_view(self.evictor, q, _dense(part.keys), _dense(part.values), present, args, self.sinks)
             sums = None if view.column_sums is None else view.column_sums + columns["scores"]
             scores = self.evictor.score(replace(view, positions=positions, column_sums=sums))
         lengths = [n + m for n, m in zip(self._prompt_tokens, row_lengths(valid), strict=True)]
