@@ -37,7 +37,7 @@ LOW_SCORE = 0.2  # of the full cache; below, what is lost of it is hardly measur
 WAYS = {
     AGNOSTIC: "question-agnostic: the cache is cut before the question is known.",
     AWARE: "question-aware: the question is in what is cut.",
-    UNASKED: "nothing asked: the text goes on; scored beside the full cache's own words.",
+    UNASKED: "nothing asked: a text goes on (a score: beside what the full cache writes).",
 }
 
 
@@ -80,10 +80,16 @@ def _quality(name: str, row: Summary) -> tuple[str, ...]:
         f"{row.share:.1%}",
         "-" if full else small(row.kl.mean),
         f"{row.top1.mean:.3f}",
-        f"{row.perplexity:.4g}" if row.perplexity < 1e4 else f"{row.perplexity:.0e}",
+        _perplexity(row.perplexity),
         "-" if row.score is None else f"{row.score.mean:.3f}",
         "-" if full or row.recovery is None else _percent(row.recovery),
     )
+
+
+def _perplexity(value: float) -> str:
+    if value >= 1e4:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
 def _against_full(name: str, row: Summary) -> tuple[str, ...]:
