@@ -16,32 +16,39 @@ from kvplan.runtime.storage import Pool
 def side_by_side(pool: Pool, width: int, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Columns of the first `width` slots (rows that have fewer: zeros) and of new tokens: [B, H, width + T, ...].
 
-    Only for pools whose slots stand alone.
+    Where slots are encoded in units, `width` and T are whole units, and so are the columns.
     """
-    columns = {}
+    columns, unit = {}, {column.name: column.tokens for column in pool.columns}
     for name, fresh in new.items():
-        both = fresh.new_zeros(*fresh.shape[:2], width + fresh.shape[2], *fresh.shape[3:])
-        both[:, :, width:] = fresh
+        first = width // unit[name]
+        both = fresh.new_zeros(*fresh.shape[:2], first + fresh.shape[2], *fresh.shape[3:])
+        both[:, :, first:] = fresh
         for rows in pool.rows:
-            old = rows.columns[name][:, :, :width]
+            old = rows.columns[name][:, :, :first]
             both[rows.start : rows.stop, :, : old.shape[2]] = old
         columns[name] = both
     return columns
+
+
+def decoded(columns: Mapping[str, Tensor], role: str, codec: Codec, dim: int, dtype: torch.dtype) -> Tensor:
+    """The keys or values of columns: [B, H, N, dim] of `dtype`."""
+    codes = {n.removeprefix(f"{role}."): t for n, t in columns.items() if n.startswith(f"{role}.")}
+    return codec.decode(codes, dim, dtype)
+
+
+def dense_part(keys: Tensor, values: Tensor, counts: Tensor | None, mask: Tensor | None = None) -> Part:
+    """One part of keys and values [B, H, N, D], dense for as long as the forward lasts; counts are [B, H, N]."""
+    bias = None if counts is None else counts.clamp(min=1).float().log()
+    stored = [Stored(Dense(), {"x": x}, x.shape[-1]) for x in (keys, values)]
+    return Part(stored[0], stored[1], keys.shape[2], mask, bias)
 
 
 def decoded_part(
     columns: Mapping[str, Tensor], key_codec: Codec, value_codec: Codec, key_dim: int, value_dim: int, like: Tensor
 ) -> Part:
     """The columns as one part that is dense for as long as the forward lasts."""
-
-    def dense(role: str, codec: Codec, dim: int) -> Stored:
-        codes = {n.removeprefix(f"{role}."): t for n, t in columns.items() if n.startswith(f"{role}.")}
-        return Stored(Dense(), {"x": codec.decode(codes, dim, like.dtype)}, dim)
-
-    keys = dense("keys", key_codec, key_dim)
-    bias = columns["counts"].clamp(min=1).float().log() if "counts" in columns else None
-    slots = next(iter(columns.values())).shape[2]
-    return Part(keys, dense("values", value_codec, value_dim), slots, bias=bias)
+    keys = decoded(columns, "keys", key_codec, key_dim, like.dtype)
+    return dense_part(keys, decoded(columns, "values", value_codec, value_dim, like.dtype), columns.get("counts"))
 
 
 def chunk_mask(present: Tensor, positions: Tensor, num_new: int, window: int | None) -> Tensor:

@@ -7,6 +7,7 @@ overwritten. A query sees what is alive at its own step, so one masked attention
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,6 +61,25 @@ def ring_visibility(rows: list[RowState], num_old: int, num_new: int, device: to
     birth, death = birth.to(device), death.to(device)
     steps = torch.arange(num_new, device=device)[:, None]
     return ((birth[:, None] <= steps) & (steps < death[:, None]))[:, None]
+
+
+@lru_cache(maxsize=256)
+def ring_successions(state: RowState, num_old: int, num_new: int) -> tuple[tuple[int, list[int]] | None, ...]:
+    """What is overwritten after each new token: its column, and those of what is overwritten after it, in that order.
+
+    Columns are the old slots, then the new tokens. None while the row has room.
+    """
+    occupants = list(range(state.held))
+    found: list[tuple[int, list[int]] | None] = []
+    for step in range(num_new):
+        slot = ring_slot(state, step)
+        occupants[slot : slot + 1] = [num_old + step]
+        if state.capacity is None or len(occupants) < state.capacity:
+            found.append(None)
+            continue
+        victim = ring_slot(state, step + 1)
+        found.append((occupants[victim], occupants[victim + 1 :] + occupants[state.sinks : victim]))
+    return tuple(found)
 
 
 def score_scan(

@@ -24,6 +24,7 @@ from kvplan.runtime.attach import attach, spec_of
 from kvplan.runtime.replay import capture, replay
 
 LENGTHS = (40, 23, 31)
+CONTINUATION = 21  # more than a ring of recent tokens holds, so that units are encoded and overwritten
 GROUPS = codecs["kivi"](bits=2, group=4, residual_tokens=8)
 
 
@@ -49,6 +50,17 @@ KINDS: dict[str, dict[str, Any]] = {
        for name in channel_selectors.names()},
     **{f"split {name}": {"head_split": head_splits[name](), "evictor": evictor("knorm")}
        for name in head_splits.names()},
+    "cam in a ring": {"merger": mergers["cam"](span=8), "key_codec": codecs["int8"]()},
+    "cam by rank": {"merger": mergers["cam"](span=64), "evictor": evictor("knorm")},
+    "corm int8": {"evictor": evictor("corm"), "key_codec": codecs["int8"](), "value_codec": codecs["fp8"]()},
+    "tova staged": {"evictor": evictor("tova"), "key_codec": codecs["int8"](), "value_codec": GROUPS},
+    "think and kivi": {"channels": channel_selectors["think"](recent=8, drop=0.5), "key_codec": codecs["turboquant"](),
+                       "value_codec": GROUPS, "evictor": evictor("knorm")},
+    "think, merged": {"channels": channel_selectors["think"](recent=8), "merger": mergers["kvmerger"](),
+                      "evictor": evictor("h2o")},
+    "adakv and cam": {"head_split": head_splits["adakv"](), "merger": mergers["cam"](), "evictor": evictor("snapkv")},
+    "adakv and think": {"head_split": head_splits["adakv"](), "channels": channel_selectors["think"](recent=8),
+                        "evictor": evictor("h2o")},
     "heads": {"slots": Slots(heads=(Slots(20), Slots(share=7000))), "evictor": evictor("h2o")},
     "all of it": {"slots": Slots(heads=(Slots(20), Slots(share=7000))), "evictor": evictor("snapkv"),
                   "merger": mergers["kvmerger"](), "channels": channel_selectors["think"](recent=8),
@@ -64,7 +76,7 @@ def policy_of(kind: str, chunk: int | None = None) -> Policy:
 def examples() -> list[Example]:
     made = []
     for i, n in enumerate(LENGTHS):
-        ids = prompts((n + 9,), seed=i)["input_ids"][0].tolist()
+        ids = prompts((n + CONTINUATION,), seed=i)["input_ids"][0].tolist()
         made.append(Example(str(i), "t", tuple(ids[:n]), tuple(ids[n:]), ((2, 4),), False, "", None))
     return made
 
@@ -106,7 +118,7 @@ def assert_scored(scorer: Scorer, full: list[torch.Tensor], llama: Any, policy: 
     for i, example in enumerate(scorer.examples):
         found = log_probabilities(llama, policy, example)
         kl = (full[i].exp() * (full[i] - found)).sum(-1).mean().item()
-        nll = -found[range(9), list(example.continuation_ids)].mean().item()
+        nll = -found[range(CONTINUATION), list(example.continuation_ids)].mean().item()
         assert scores.kl[i] == pytest.approx(max(kl, 0), abs=1e-5)
         assert scores.nll[i] == pytest.approx(nll, abs=1e-5)
 

@@ -14,10 +14,10 @@ from kvplan.policy.layout import Layout, evicts, layout, side_heads
 from kvplan.policy.memory import allocated_slots
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime import chunk
-from kvplan.runtime.extend import FOREVER, RowState, ring_slot, ring_visibility, score_scan
+from kvplan.runtime.extend import FOREVER, RowState, ring_slot, ring_successions, ring_visibility, score_scan
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.parts import Part, Stored
-from kvplan.runtime.kernels.stored import attend_runs
+from kvplan.runtime.kernels.stored import attend_parts, attend_runs
 from kvplan.runtime.layers.base import (
     NO_BYTES,
     PolicyLayer,
@@ -210,29 +210,8 @@ class BudgetedLayer(PolicyLayer):
     def append(
         self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, shared: bool = False
     ) -> tuple[Tensor, list[Seen]]:
-        num_new, self._lends = keys.shape[2], shared
-        if num_new == 1:
-            return self._step(q, keys, values, args)
-        if not self._scans:
-            return self._step_by_step(q, keys, values, args, shared)
-        return self._extend(q, keys, values, args)
-
-    @property
-    def _scans(self) -> bool:
-        """Whether several tokens at once can be worked out by masks alone, because no stored value ever changes."""
-        return self.merger is None or not self.merger.merges_steps
-
-    def _step_by_step(
-        self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, shared: bool
-    ) -> tuple[Tensor, list[Seen]]:
-        outputs, all_seen = [], []
-        for t in range(keys.shape[2]):
-            now = slice(t, t + 1)
-            out, seen = self._step(q[:, :, now], keys[:, :, now], values[:, :, now], args)
-            outputs.append(out)
-            if shared:
-                all_seen += [replace(s, first=t, last=t + 1) for s in cloned(seen)]
-        return torch.cat(outputs, 1), all_seen
+        self._lends = shared
+        return self._step(q, keys, values, args) if keys.shape[2] == 1 else self._extend(q, keys, values, args)
 
     def _grow(self, num_new: int) -> None:
         """Make room; asked at every step, so what needs no room is told at a glance."""
@@ -250,7 +229,7 @@ class BudgetedLayer(PolicyLayer):
         self._grow(1)
         assert self.pool is not None
         states = self._states()
-        merges = self.merger is not None and self.merger.merges_steps
+        merges = self._merges_steps
         scores = self.pool.wide("scores") if self.keeps_scores else None
         self._insert(states, keys, values, scores)
         runs = [(rows.start, rows.stop, self._visible(rows, states[rows.start : rows.stop])) for rows in self.pool.rows]
@@ -375,23 +354,64 @@ class BudgetedLayer(PolicyLayer):
         width = max(state.held for state in states)
         now = torch.tensor([self.seen(b) for b in range(B)], device=keys.device)[:, None, None]
         columns = chunk.side_by_side(self.pool, width, self._columns_of(keys, values, now))
-        parts = chunk.decoded_part(columns, self.key_codec, self.value_codec, self._key_dim, self.spec.value_dim, keys)
+        part = chunk.decoded_part(columns, self.key_codec, self.value_codec, self._key_dim, self.spec.value_dim, keys)
         if self.keeps_scores:
-            logit_bias = parts.bias
-            visible, scores, alive, slots = score_scan(
-                self.evictor, states, self.policy.recent_tokens, q, _dense(parts.keys), columns["positions"],
-                columns["scores"], args, logit_bias,
+            visible, columns["scores"], alive, slots = score_scan(
+                self.evictor, states, self.policy.recent_tokens, q, _dense(part.keys), columns["positions"],
+                columns["scores"], args, part.bias,
             )  # fmt: skip
-            columns["scores"] = scores
             self._appended += num_new
             self._keep_alive(columns, alive, slots)
         else:
             visible = ring_visibility(states, width, num_new, keys.device)
+        part = replace(part, mask=visible)
+        if self._merges_steps:
+            out, seen, columns["values.x"] = self._merge_steps(q, part, states, width, args)
+        else:
+            seen = [Seen(0, B, 0, num_new, (part,))]
+            out = attend_seen(q, seen, args)
+        if not self.keeps_scores:
             self._grow(num_new)
             self._write_ring(columns, states, width, num_new)
             self._appended += num_new
-        seen = Seen(0, B, 0, num_new, (replace(parts, mask=visible),))
-        return attend_seen(q, [seen], args), [seen]
+        return out, seen
+
+    @property
+    def _merges_steps(self) -> bool:
+        return self.merger is not None and self.merger.merges_steps
+
+    def _merge_steps(
+        self, q: Tensor, part: Part, states: list[RowState], width: int, args: AttentionArgs
+    ) -> tuple[Tensor, list[Seen], Tensor]:
+        """Several steps with a merger that changes values: attention does not depend on them, so it is known at once.
+
+        Returns:
+            The output, what each step saw (for layers that share it), and the values [B, Hkv, S, D] afterwards.
+        """
+        assert self.merger is not None
+        probs = attend_parts(q, (part,), args, True)[1]
+        assert probs is not None and part.mask is not None
+        T, values = q.shape[2], _dense(part.values)
+        alike = [(state, [i for i, s in enumerate(states) if s == state]) for state in dict.fromkeys(states)]
+        outputs, seen = [], []
+        for t in range(T):
+            weights = probs[:, :, :, t]  # [B, Hkv, G, S]
+            outputs.append(weights.to(q.dtype) @ values)
+            if self._lends:
+                lent = replace(part.values, codes={"x": values.clone()})
+                seen.append(
+                    Seen(0, len(states), t, t + 1, (replace(part, values=lent, mask=part.mask[:, :, t : t + 1]),))
+                )
+            for state, found in alike:
+                next_out = ring_successions(state, width, T)[t]
+                if next_out is None:
+                    continue
+                rows = slice(None) if len(found) == len(states) else found
+                victim = torch.full((len(found),), next_out[0], device=values.device)
+                followers = torch.tensor(next_out[1], device=values.device).expand(len(found), -1)
+                mean = weights[rows].mean(2).float()
+                values[rows] = self.merger.merge_step(values[rows], mean, victim, followers)
+        return torch.stack(outputs, 1).flatten(2, 3), seen, values
 
     def _columns_of(self, keys: Tensor, values: Tensor, first_position: Tensor | None) -> dict[str, Tensor]:
         """The columns [B, H, T, ...] of new tokens; `first_position` is [B, 1, 1], or None where none is stored."""
@@ -413,8 +433,9 @@ class BudgetedLayer(PolicyLayer):
     def _write_ring(self, columns: Mapping[str, Tensor], states: list[RowState], width: int, num_new: int) -> None:
         assert self.pool is not None
         for b, state in enumerate(states):
-            # Only the last token written to a slot stays in it.
-            last = {ring_slot(state, step): width + step for step in range(num_new)}
+            # Only the last token written to a slot stays in it; a merger changes those that stay, too.
+            last = {slot: slot for slot in range(state.held)} if self._merges_steps else {}
+            last |= {ring_slot(state, step): width + step for step in range(num_new)}
             slots, sources = list(last), list(last.values())
             for name, target in self.pool.row(b).columns.items():
                 as_bytes(target)[0, :, slots] = as_bytes(columns[name])[b][:, sources]

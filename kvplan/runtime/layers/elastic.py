@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvplan.methods.evictors import Step
+from kvplan.methods.softmax import masked_softmax
 from kvplan.policy.memory import MIN_GROWTH_TOKENS, grown_tokens
+from kvplan.runtime import chunk
 from kvplan.runtime.chunk import pick
-from kvplan.runtime.kernels.dense import AttentionArgs
+from kvplan.runtime.extend import FOREVER
+from kvplan.runtime.kernels.dense import AttentionArgs, attention_logits
+from kvplan.runtime.kernels.parts import Part
 from kvplan.runtime.kernels.stored import attend_parts
-from kvplan.runtime.layers.base import PromptStats, Seen
+from kvplan.runtime.layers.base import PromptStats, Seen, attend_seen, column
 from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept
 from kvplan.runtime.prompt import choose_slots
-from kvplan.runtime.storage import Pool, put
+from kvplan.runtime.storage import Pool, as_bytes, put
 
 HOLE = -1
 
@@ -30,10 +35,6 @@ class ElasticLayer(BudgetedLayer):
     def reset(self) -> None:
         super().reset()
         self._steps_to_pack = 0
-
-    @property
-    def _scans(self) -> bool:
-        return False
 
     def held(self, row: int) -> int:
         return 0 if self.pool is None else int((self.pool.row(row).positions >= 0).sum())
@@ -121,6 +122,67 @@ class ElasticLayer(BudgetedLayer):
                 rows.positions.masked_fill_(~self._alive(scores, rows.positions, now), HOLE)
         self._appended += 1
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), seen
+
+    def _extend(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
+        assert self.pool is not None
+        rows, device = self.num_rows, keys.device
+        width = max(self.pool.sizes)
+        now = column(tuple(self.seen(b) for b in range(rows)), device)
+        columns = chunk.side_by_side(self.pool, width, self._columns_of(keys, values, now))
+        slots = torch.arange(columns["positions"].shape[-1], device=device)
+        alive = (columns["positions"] >= 0) & (slots < column(tuple(self.pool.sizes), device))
+        part = chunk.decoded_part(columns, self.key_codec, self.value_codec, self._key_dim, self.spec.value_dim, keys)
+        visible, columns["scores"], alive = self._scan(q, part, columns, alive, args)
+        self._appended += keys.shape[2]
+        self._keep_alive_only(columns, alive)
+        seen = [Seen(0, rows, 0, keys.shape[2], (replace(part, mask=visible),))]
+        return attend_seen(q, seen, args), seen
+
+    def _scan(
+        self, q: Tensor, part: Part, columns: Mapping[str, Tensor], alive: Tensor, args: AttentionArgs
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the evictor over new tokens, step by step: who is there decides by whom the next ones are ranked.
+
+        Args:
+            q: [b, G, T, D]; part: the old slots, then the new tokens: N in all.
+            columns: positions and scores, [b, 1, N].
+            alive: [b, 1, N] bool, False on the new tokens.
+
+        Returns:
+            visible [b, 1, T, N] bool, and scores and alive after the last step.
+        """
+        assert part.keys.dense is not None
+        logits = attention_logits(q, part.keys.dense, args)  # [b, 1, G, T, N]
+        T, positions, scores = q.shape[2], columns["positions"], columns["scores"]
+        old = positions.shape[-1] - T
+        limits = column(tuple(FOREVER if cap is None else cap for cap in self.capacities), q.device)
+        visible = torch.zeros(*alive.shape[:2], T, alive.shape[-1], dtype=torch.bool, device=q.device)
+        for step in range(T):
+            now = positions[..., old + step, None]
+            full = alive.sum(-1, keepdim=True) >= limits
+            protected = (positions < self.sinks) | (positions > now - self.policy.recent_tokens)
+            ranked = scores.masked_fill(protected | ~alive, torch.inf)
+            tied = alive & (ranked == ranked.amin(-1, keepdim=True))
+            victim = positions.masked_fill(~tied, FOREVER).min(-1, keepdim=True).indices  # as `_slots`
+            alive = alive.scatter(-1, victim, alive.gather(-1, victim) & ~full)
+            alive[..., old + step] = True
+            visible[:, :, step] = alive
+            probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
+            held = Step(now, alive.sum(-1, keepdim=True))
+            scores = self.evictor.observe(scores, probs[..., 0, :].float(), held)
+            if self.evicts:
+                alive = alive & self._alive(scores, positions, now)
+        return visible, scores, alive
+
+    def _keep_alive_only(self, columns: Mapping[str, Tensor], alive: Tensor) -> None:
+        """A new pool of what is alive [b, 1, N]."""
+        assert self.pool is not None
+        pool = Pool(self.pool.columns, alive[:, 0].sum(-1).tolist(), self.pool.device)
+        for b in range(self.num_rows):
+            order = alive[b, 0].nonzero()[:, 0]
+            for name, target in pool.row(b).columns.items():
+                as_bytes(target)[0] = as_bytes(columns[name])[b][:, order]
+        self.pool, self._steps_to_pack = pool, 0
 
     def _slots(self, positions: Tensor, scores: Tensor, now: Tensor) -> Tensor:
         """[b, 1, 1]: an empty slot, else the one whose token mattered longest ago, of several the oldest.

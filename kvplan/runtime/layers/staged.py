@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +15,17 @@ from kvplan.methods.evictors import Step
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.memory import allocated_slots
 from kvplan.policy.schema import LayerPolicy
+from kvplan.runtime import chunk
 from kvplan.runtime.chunk import pick
-from kvplan.runtime.kernels.dense import AttentionArgs
+from kvplan.runtime.kernels.dense import AttentionArgs, attention_logits
 from kvplan.runtime.kernels.parts import Part, Stored
 from kvplan.runtime.kernels.stored import attend_parts
-from kvplan.runtime.layers.base import PromptStats, Seen, prefix_mask
+from kvplan.runtime.layers.base import PromptStats, Seen, attend_seen, column, prefix_mask
 from kvplan.runtime.layers.budgeted import BudgetedLayer, Kept
-from kvplan.runtime.storage import SIDE, Pool, Rows, put
+from kvplan.runtime.staged_scan import Columns, Flush, StagedRow, lives, staged_score_scan, visibility
+from kvplan.runtime.storage import SIDE, Pool, Rows, as_bytes, put
 
 _DENSE = Dense()
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Where one row stands.
-
-    Attributes:
-        pushed: Tokens that ever entered the recent part; the i-th lies at i modulo its slots.
-        flushed: Of those, how many have left it for the body.
-        body: Slots of the body that hold something.
-    """
-
-    pushed: int
-    flushed: int
-    body: int
 
 
 class StagedLayer(BudgetedLayer):
@@ -61,14 +49,15 @@ class StagedLayer(BudgetedLayer):
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def _row(self, row: int) -> _Row:
+    def _row(self, row: int, more: int = 0) -> StagedRow:
+        """Where a row stands, or will stand after `more` tokens."""
         body, recent = self._start[row]
-        pushed = recent + self._appended
+        pushed = recent + self._appended + more
         ring = self.recent_slots
         flushed = -(-max(0, pushed - ring) // self.unit) * self.unit
         most = self._body_capacity(row)
         held = body + flushed
-        return _Row(pushed, flushed, held if most is None else min(held, most))
+        return StagedRow(pushed, flushed, held if most is None else min(held, most))
 
     def _body_capacity(self, row: int) -> int | None:
         capacity = self.capacities[row]
@@ -146,20 +135,16 @@ class StagedLayer(BudgetedLayer):
 
     # -- later tokens ---------------------------------------------------------------------------------------------
 
-    @property
-    def _scans(self) -> bool:
-        return False
-
-    def _grow_parts(self) -> None:
+    def _grow(self, num_new: int) -> None:
         assert self.pool is not None and self.recent is not None
-        bodies, recents = self._parts(self._appended + 1)
+        bodies, recents = self._parts(self._appended + num_new)
         if bodies != self.pool.sizes:
             self.pool = self.pool.resized(bodies)
         if recents != self.recent.sizes:
             self.recent = self.recent.resized(recents)
 
     def _step(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
-        self._grow_parts()
+        self._grow(1)
         assert self.pool is not None and self.recent is not None
         before = [self._row(b) for b in range(self.num_rows)]
         self._appended += 1
@@ -186,7 +171,147 @@ class StagedLayer(BudgetedLayer):
         cuts = [0, *(i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]), len(sizes)]
         return list(itertools.pairwise(cuts))
 
-    def _flush(self, row: int, state: _Row) -> None:
+    def _extend(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
+        assert self.pool is not None and self.recent is not None
+        B, num_new = self.num_rows, keys.shape[2]
+        paths = self._paths(num_new)
+        rows = [path[0] for path in paths]
+        flushes = [self._flushes(b, path) for b, path in enumerate(paths)]
+        columns = Columns(
+            body=-(-max(row.body for row in rows) // self.unit) * self.unit,
+            flushed=max(map(len, flushes)) * self.unit,
+            recent=max(self.recent.sizes),
+            new=num_new,
+            ring_slots=self.recent_slots,
+            unit=self.unit,
+        )
+        recent = chunk.side_by_side(self.recent, columns.recent, self._new_recent(keys, values))
+        body = self._encoded(columns, rows, flushes, recent)
+        side = {name: torch.cat([body[name], recent[name]], -1) for name in SIDE if name in recent}
+        part = self._laid_out(body, recent, side.get("counts"))
+        lived = [lives(row, plan, columns) for row, plan in zip(rows, flushes, strict=True)]
+        births, deaths = (torch.tensor([life[i] for life in lived], device=keys.device) for i in range(2))
+        slots = None
+        if self.keeps_scores:
+            assert part.keys.dense is not None
+            logits = attention_logits(q, part.keys.dense, args)
+            logits = logits if part.bias is None else logits + part.bias[:, :, None, None]
+            capacities = [self._body_capacity(b) for b in range(B)]
+            held = [[state.body + state.pushed - state.flushed for state in path[1:]] for path in paths]
+            visible, scores, alive, slots = staged_score_scan(
+                self.evictor, rows, flushes, capacities, columns, births, deaths,
+                torch.tensor(held, device=keys.device), logits, side["positions"],
+                side["scores"], self.policy.recent_tokens, self.sinks, args.sink_logits,
+            )  # fmt: skip
+            stored = columns.body + columns.flushed
+            body["scores"], recent["scores"] = scores[..., :stored], scores[..., stored:]
+        else:
+            visible = visibility(births, deaths, num_new)
+        self._grow(num_new)
+        for b, row in enumerate(rows):
+            if slots is None:
+                self._write_units(b, body, columns, flushes[b])
+            else:
+                self._write_ranked(b, body, alive[b, :, : columns.body + columns.flushed], slots[b])
+            self._write_recent(b, recent, columns, row, paths[b][-1])
+        self._appended += num_new
+        seen = [Seen(0, B, 0, num_new, (replace(part, mask=visible),))]
+        return attend_seen(q, seen, args), seen
+
+    def _paths(self, num_new: int) -> list[tuple[StagedRow, ...]]:
+        """Where each row stands, and will stand after each of so many tokens; rows that start alike go alike."""
+        known: dict[tuple[Any, int | None], tuple[StagedRow, ...]] = {}
+        starts = list(zip(self._start, self.capacities, strict=True))
+        for b, start in enumerate(starts):
+            if start not in known:
+                known[start] = tuple(self._row(b, more) for more in range(num_new + 1))
+        return [known[start] for start in starts]
+
+    def _flushes(self, row: int, path: Sequence[StagedRow]) -> tuple[Flush, ...]:
+        """The units that leave a row's ring on its way."""
+        found = []
+        for step, (before, after) in enumerate(itertools.pairwise(path)):
+            if after.flushed > before.flushed:
+                slot = None if self.keeps_scores else self._next_unit(row, before)
+                found.append(Flush(step, before.flushed, before.body, slot))
+        return tuple(found)
+
+    def _new_recent(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """The ring's columns of new tokens."""
+        assert self.recent is not None
+        B, num_new, new = self.num_rows, keys.shape[2], {"keys.x": keys, "values.x": values}
+        for c in self.recent.columns:
+            if c.name == "positions":
+                first = column(tuple(self.seen(b) for b in range(B)), keys.device)
+                new[c.name] = (first + torch.arange(num_new, device=keys.device)).expand(B, c.heads, -1).int()
+            elif c.name in SIDE:
+                fill = 1 if c.name == "counts" else 0
+                new[c.name] = torch.full((B, c.heads, num_new), fill, dtype=c.dtype, device=keys.device)
+        return new
+
+    def _encoded(
+        self,
+        columns: Columns,
+        rows: Sequence[StagedRow],
+        flushes: Sequence[Sequence[Flush]],
+        recent: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The body's columns: its slots, then what will be encoded; rows that encode less have anything there."""
+        assert self.pool is not None
+        sources = torch.zeros(len(rows), columns.flushed, dtype=torch.int64)
+        for b, (row, plan) in enumerate(zip(rows, flushes, strict=True)):
+            found = [columns.dense(row, flush.token + i) for flush in plan for i in range(self.unit)]
+            sources[b, : len(found)] = torch.tensor(found, dtype=torch.int64)
+        sources = sources.to(self._device)[:, None]
+        moved = {name: _gathered(x, sources) for name, x in recent.items()}
+        keys = moved["keys.x"]
+        if self.channels is not None:
+            keys = keys.gather(-1, self.channels.long()[:, :, None].expand(-1, -1, keys.shape[2], -1))
+        new = {name: moved[name] for name in SIDE if name in moved}
+        for role, codec, x in (("keys", self.key_codec, keys), ("values", self.value_codec, moved["values.x"])):
+            new |= {f"{role}.{name}": codes for name, codes in codec.encode(x).items()}
+        return chunk.side_by_side(self.pool, columns.body, new)
+
+    def _laid_out(self, body: Mapping[str, Tensor], recent: Mapping[str, Tensor], counts: Tensor | None) -> Part:
+        """Body and ring as one dense part; a pruned channel of an old key adds nothing to a product."""
+        like = recent["keys.x"]
+        keys = chunk.decoded(body, "keys", self.key_codec, self._key_dim, like.dtype)
+        values = chunk.decoded(body, "values", self.value_codec, self.spec.value_dim, like.dtype)
+        if self.channels is not None:
+            index = self.channels.long()[:, :, None].expand(-1, -1, keys.shape[2], -1)
+            keys = keys.new_zeros(*keys.shape[:3], self.spec.key_dim).scatter(-1, index, keys)
+        return chunk.dense_part(torch.cat([keys, like], 2), torch.cat([values, recent["values.x"]], 2), counts)
+
+    def _write_units(self, row: int, body: Mapping[str, Tensor], columns: Columns, flushes: Sequence[Flush]) -> None:
+        assert self.pool is not None
+        # Only the last unit written to a slot stays in it.
+        last = {flush.slot: columns.body + number * self.unit for number, flush in enumerate(flushes)}
+        into = [slot + i for slot in last if slot is not None for i in range(self.unit)]
+        sources = [source + i for source in last.values() for i in range(self.unit)]
+        tokens = {c.name: c.tokens for c in self.pool.columns}
+        for name, target in self.pool.row(row).columns.items():
+            units, n = slice(None, None, tokens[name]), tokens[name]
+            slots, found = [i // n for i in into[units]], [i // n for i in sources[units]]
+            as_bytes(target)[0, :, slots] = as_bytes(body[name])[row][:, found]
+
+    def _write_ranked(self, row: int, body: Mapping[str, Tensor], alive: Tensor, slots: Tensor) -> None:
+        """What is alive [H, N] of the body, each in its own slot [H, N]."""
+        assert self.pool is not None
+        order = alive.nonzero()[:, 1].view(alive.shape[0], -1)  # head by head, all have as many
+        order = order.gather(-1, slots.gather(-1, order).argsort(-1))
+        for name, target in self.pool.row(row).columns.items():
+            as_bytes(target)[0, :, : order.shape[1]] = pick(as_bytes(body[name])[row], order)
+
+    def _write_recent(
+        self, row: int, recent: Mapping[str, Tensor], columns: Columns, before: StagedRow, after: StagedRow
+    ) -> None:
+        assert self.recent is not None
+        tokens = range(after.flushed, after.pushed)
+        slots, sources = [t % self.recent_slots for t in tokens], [columns.dense(before, t) for t in tokens]
+        for name, target in self.recent.row(row).columns.items():
+            target[0, :, slots] = recent[name][row][:, sources]
+
+    def _flush(self, row: int, state: StagedRow) -> None:
         """Encode the oldest unit of the ring into the body."""
         assert self.pool is not None and self.recent is not None
         old, body = self.recent.row(row).columns, self.pool.row(row)
@@ -204,22 +329,27 @@ class StagedLayer(BudgetedLayer):
             if name in moved:
                 put(body.columns[name], at, moved[name][None])
 
-    def _target(self, row: int, state: _Row, body: Rows) -> int | Tensor:
+    def _target(self, row: int, state: StagedRow, body: Rows) -> int | Tensor:
         """First slot of the unit that is written next, or [1, H, 1] slots where heads differ."""
         most = self._body_capacity(row)
-        if most is None or state.body < most:
-            return state.body
-        if self.keeps_scores:
+        if self.keeps_scores and most is not None and state.body >= most:
             positions = body.positions[..., :most]
             recent = positions >= self.seen(row) - self.policy.recent_tokens
             scores = body.scores[..., :most].masked_fill((positions < self.sinks) | recent, torch.inf)
             return scores.min(-1, keepdim=True).indices
+        return self._next_unit(row, state)
+
+    def _next_unit(self, row: int, state: StagedRow) -> int:
+        """First slot of the body's next unit where units are a ring."""
+        most = self._body_capacity(row)
+        if most is None or state.body < most:
+            return state.body
         first = -(-self.sinks // self.unit)
         units = most // self.unit
         overwritten = (self._start[row][0] + state.flushed - most) // self.unit
         return (first + overwritten % (units - first)) * self.unit
 
-    def _push(self, before: list[_Row], keys: Tensor, values: Tensor) -> None:
+    def _push(self, before: list[StagedRow], keys: Tensor, values: Tensor) -> None:
         assert self.recent is not None
         for rows in self.recent.rows:
             part = slice(rows.start, rows.stop)
@@ -236,7 +366,7 @@ class StagedLayer(BudgetedLayer):
             if "counts" in rows.columns:
                 put(rows.columns["counts"], slots, torch.ones_like(rows.columns["counts"][..., :1]))
 
-    def _seen_parts(self, start: int, stop: int, states: list[_Row]) -> tuple[Part, ...]:
+    def _seen_parts(self, start: int, stop: int, states: list[StagedRow]) -> tuple[Part, ...]:
         assert self.pool is not None and self.recent is not None
         body, recent = self.pool.span(start, stop), self.recent.span(start, stop)
         parts = []
@@ -254,7 +384,7 @@ class StagedLayer(BudgetedLayer):
         parts.append(Part(keys, values, slots, self._ring_mask(states, slots), bias))
         return tuple(parts)
 
-    def _ring_mask(self, states: list[_Row], slots: int) -> Tensor | None:
+    def _ring_mask(self, states: list[StagedRow], slots: int) -> Tensor | None:
         """[b, 1, 1, slots]: what has not left the ring; None when all of it is there."""
         if all(s.pushed - s.flushed == slots for s in states):
             return None
@@ -268,7 +398,9 @@ class StagedLayer(BudgetedLayer):
     def _key_dim(self) -> int:
         return self.spec.key_dim if self.policy.channels is None else self.policy.channels.num_kept(self.spec.key_dim)
 
-    def _observe_parts(self, start: int, stop: int, states: list[_Row], parts: tuple[Part, ...], probs: Tensor) -> None:
+    def _observe_parts(
+        self, start: int, stop: int, states: list[StagedRow], parts: tuple[Part, ...], probs: Tensor
+    ) -> None:
         """Update the scores of body and ring together: an evictor sees one row of slots."""
         assert self.pool is not None and self.recent is not None
         views = [self.pool.span(start, stop), self.recent.span(start, stop)][-len(parts) :]
@@ -292,6 +424,12 @@ class StagedLayer(BudgetedLayer):
     def row_bytes(self, row: int) -> int:
         held = super().row_bytes(row) + (0 if self.recent is None else self.recent.row_bytes(row))
         return held + (0 if self.channels is None else self.channels[row].numel() * self.channels.element_size())
+
+
+def _gathered(x: Tensor, index: Tensor) -> Tensor:
+    """[B, H, N, ...] at [B, 1, n] -> [B, H, n, ...]."""
+    index = index.expand(-1, x.shape[1], -1)
+    return x.gather(2, index if x.ndim == 3 else index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
 def _units_in_time(kept: Kept, unit: int) -> Kept:
