@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-compiled bench-gpu bench-plans bench-scale-out \
+.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-search bench-compiled bench-gpu bench-plans bench-scale-out \
 	policies test test-service test-matrix lint format format-check types imports \
 	check wheel clean data
 
@@ -70,7 +70,7 @@ demo: $(INSTALLED)
 	@cd demo-out && ../$(BIN)/python -m kvplan.cli.demo
 
 # What the runtime costs and saves on a CPU, each against transformers' own cache in the same process.
-bench-decode bench-prefill bench-chunked bench-quantized: bench-%: $(INSTALLED)
+bench-decode bench-prefill bench-chunked bench-quantized bench-search: bench-%: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$*.py
 
 bench-calibrate: $(INSTALLED)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,37 +14,51 @@ from kvplan.calibrate.prompts import Example
 from kvplan.check.decode import copied, greedy
 from kvplan.errors import DataError
 from kvplan.loading import check_tokens
-from kvplan.model_spec import ModelSpec
+from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.placement import input_device
+from kvplan.policy.layout import evicts
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.runtime.attach import Runtime, attach
 from kvplan.runtime.cache import PolicyCache
 from kvplan.runtime.replay import PromptCapture, capture, forward, must_prefill, prefill, replay
+from kvplan.runtime.restart import Output, can_start_at, decoder_layers, recorded, started_at
+from kvplan.runtime.store import Store, free_bytes
 from kvplan.stats import PromptScores
 
 Answers = tuple[tuple[int, ...], ...]
+Shares = tuple[int | None, ...]
+MOST_SHARED = 8  # choices of shared layers whose prompts are kept
 
 
 @dataclass
 class _Batch:
-    """Prompts prefilled together, with the full cache's predictions over their continuations."""
+    """Prompts prefilled together, with the full cache's predictions over their continuations.
+
+    Attributes:
+        prompts: What was captured, by the sources of the layers that share; without sharing first.
+        continuation: [B, C] padded on the right with 0.
+        reference: [B, C, V] float32 log-probabilities of the full cache.
+        outputs: What each decoder layer handed on over the continuation, under the full cache.
+    """
 
     indices: list[int]
     ids: Tensor
-    prompt: PromptCapture
-    continuation: Tensor  # [B, C] padded on the right with 0
-    reference: Tensor  # [B, C, V] float32 log-probabilities of the full cache
+    valid: Tensor
+    prompts: dict[Shares, PromptCapture]
+    continuation: Tensor
+    reference: Tensor
+    outputs: dict[int, Output]
 
     def rows(self) -> list[_Batch]:
         """Each prompt as a batch of its own, without padding and to be prefilled anew; all of them if none has any."""
-        if bool(self.prompt.valid.all()):
+        if bool(self.valid.all()):
             return [self]
         apart = []
         for row, index in enumerate(self.indices):
-            now, own = slice(row, row + 1), self.prompt.valid[row]
-            prompt = PromptCapture([], self.prompt.valid[now, own], self.prompt.last_logits[now])
-            apart.append(_Batch([index], self.ids[now, own], prompt, self.continuation[now], self.reference[now]))
+            now, own = slice(row, row + 1), self.valid[row]
+            ids, valid = self.ids[now, own], self.valid[now, own]
+            apart.append(_Batch([index], ids, valid, {}, self.continuation[now], self.reference[now], {}))
         return apart
 
 
@@ -104,6 +119,12 @@ class Scorer:
         keep: Keep captured prompts for the next call. Turn off to measure many prompts once.
         generate: Index of an example -> most new tokens of each of its answers, for those whose answers `measure` also
             generates: greedily, on the compressed cache, the earlier answers being the true ones.
+        replay_memory: Most bytes of captured prompts that are kept in memory, on the model's device; what is more lies
+            in memory-mapped temporary files. Default: half of what is free there now.
+
+    Raises:
+        DataError: an example has nothing to score, or tokens that the model does not know.
+        KVPlanError: (from `prepare`, `score` and `measure`) the temporary files cannot be written.
     """
 
     def __init__(
@@ -116,6 +137,7 @@ class Scorer:
         keep: bool = True,
         progress: Callable[[int, int], None] | None = None,
         generate: Mapping[int, int] | None = None,
+        replay_memory: int | None = None,
     ) -> None:
         empty = next((e for e in examples if not e.continuation_ids), None)
         if empty is not None:
@@ -128,6 +150,11 @@ class Scorer:
         self._groups = _groups([len(e.prompt_ids) for e in self.examples], batch_tokens, set(self._generate))
         self._batches: dict[tuple[int, ...], _Batch] = {}
         self._keep, self._progress = keep, progress
+        self.store = Store(free_bytes(input_device(model)) // 2 if replay_memory is None else replay_memory)
+        self._unshared: Shares = (None,) * spec.num_layers
+        self._decoder = decoder_layers(model, spec.num_layers) if keep else None
+        self._starts: dict[int, bool] = {}  # by layer, whether a forward can start there
+        self._shared: list[Shares] = []  # least recently used first
 
     def prepare(
         self, indices: Sequence[int] | None = None, progress: Callable[[int, int], None] = lambda done, total: None
@@ -147,7 +174,7 @@ class Scorer:
 
     def score(self, policy: Policy, indices: Sequence[int] | None = None) -> PromptScores:
         """Scores of `policy` on the examples of these indices (all by default), in that order."""
-        return self.measure(policy, indices).scores
+        return self._measure([policy], indices, count_bytes=False)[0].scores
 
     def measure(self, policy: Policy, indices: Sequence[int] | None = None) -> Measured:
         """Scores, and bytes counted in the caches' storage right after the prompts."""
@@ -155,6 +182,9 @@ class Scorer:
 
     def measure_all(self, policies: Sequence[Policy], indices: Sequence[int] | None = None) -> list[Measured]:
         """Every policy on a batch of prompts before the next batch is prefilled."""
+        return self._measure(policies, indices, count_bytes=True)
+
+    def _measure(self, policies: Sequence[Policy], indices: Sequence[int] | None, count_bytes: bool) -> list[Measured]:
         wanted = list(range(len(self.examples))) if indices is None else list(indices)
         found: list[dict[int, _Row]] = [{} for _ in policies]
         for part in self._parts(wanted):
@@ -162,7 +192,7 @@ class Scorer:
             for policy, rows in zip(policies, found, strict=True):
                 # Where a prompt's chunks end, and so what they evict, would depend on the padding before it.
                 for piece in batch.rows() if policy.chunked else [batch]:
-                    rows.update(self._score_batch(policy, piece))
+                    rows.update(self._score_batch(policy, piece, count_bytes))
             if self._progress is not None:
                 self._progress(len(found[0]), len(set(wanted)))
         return [_gathered([rows[i] for i in wanted]) for rows in found]
@@ -181,17 +211,70 @@ class Scorer:
         device = input_device(self.model)
         ids, valid = pad([e.prompt_ids for e in examples], left=True, device=device)
         continuation, _ = pad([e.continuation_ids for e in examples], left=False, device=device)
-        prompt = capture(self.model, self._full, self.spec, ids, valid)
-        batch = _Batch(indices, ids, prompt, continuation, torch.empty(0))
+        prompt = capture(self.model, self._full, self.spec, ids, valid, self._kept)
+        batch = _Batch(indices, ids, valid, {prompt.shares: prompt}, continuation, torch.empty(0), {})
         with attach(self.model, self._full, self.spec) as runtime, torch.no_grad():
-            batch.reference = self._continue(runtime, replay(runtime, prompt), batch, prompt.last_logits)
+            with recorded(self._decoder, self._kept) as batch.outputs:
+                found = self._continue(runtime, replay(runtime, prompt), batch, prompt.last_logits)
+        batch.reference = self._kept(found)
         if self._keep:
             self._batches[key] = batch
         return batch
 
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return self.store.keep(tensor) if self._keep else tensor
+
+    def _captured(self, policy: Policy, batch: _Batch) -> PromptCapture:
+        """The batch's prompt with the same layers shared, captured from the first layer on that no other has alike."""
+        shares = tuple(layer.shares for layer in policy.layers)
+        if any(source is not None for source in shares):
+            self._use(shares)
+        if shares not in batch.prompts:
+            known = max(batch.prompts.values(), key=lambda p: self._first_unlike(p, shares))
+            first = self._first_unlike(known, shares)
+            full = replace(self._full, layers=tuple(LayerPolicy(slots=FULL, shares=s) for s in shares))
+            made = capture(
+                self.model, full, self.spec, batch.ids, batch.valid, self._kept, self._decoder,
+                known if first else None, first,
+            )  # fmt: skip
+            # Layers before the first that shares are the same whatever is shared: one copy is enough.
+            unshared = next(i for i, source in enumerate(shares) if source is not None)
+            made.layers[:unshared] = batch.prompts[self._unshared].layers[:unshared]
+            batch.prompts[shares] = made
+        return batch.prompts[shares]
+
+    def _use(self, shares: Shares) -> None:
+        """Note a choice of shared layers; of too many, the one that was not asked for the longest is forgotten."""
+        self._shared = [*(s for s in self._shared if s != shares), shares]
+        for batch in self._batches.values():
+            for old in self._shared[:-MOST_SHARED]:
+                batch.prompts.pop(old, None)
+        self._shared = self._shared[-MOST_SHARED:]
+
+    def _first_unlike(self, known: PromptCapture, shares: Shares) -> int:
+        """The layer from which a prefill with these layers shared must run when another one is known; 0: all of it."""
+        same = (a == b for a, b in zip(known.shares, shares, strict=True))
+        first = next((i for i, alike in enumerate(same) if not alike), 0)
+        return first if first - 1 in known.outputs and self._can_start_at(first) else 0
+
+    def _can_start_at(self, layer: int) -> bool:
+        if layer not in self._starts:
+            assert self._decoder is not None
+            ids = torch.tensor([self.examples[0].prompt_ids[-8:]], device=input_device(self.model))
+            self._starts[layer] = can_start_at(self.model, self._decoder, layer, ids)
+        return self._starts[layer]
+
+    def _first_changed(self, policy: Policy, batch: _Batch) -> int:
+        """The layer from which the continuation must run: those before it do what they do under the full cache."""
+        layers = zip(policy.layers, self.spec.layers, strict=True)
+        changed = (i for i, (layer, spec) in enumerate(layers) if not _keeps_all(layer, spec))
+        lent = [layer.shares for layer in policy.layers if layer.shares is not None]  # these must run to be read
+        first = min(next(changed, self.spec.num_layers), self.spec.num_layers - 1, *lent)
+        return first if first and first - 1 in batch.outputs and self._can_start_at(first) else 0
+
     def _continue(self, runtime: Any, cache: PolicyCache, batch: _Batch, last_logits: Tensor) -> Tensor:
         """Log-probabilities [B, C, V] that predict each continuation token."""
-        lengths = batch.prompt.valid.sum(-1, keepdim=True)
+        lengths = batch.valid.sum(-1, keepdim=True)
         width = batch.continuation.shape[1]
         first = last_logits[:, None].float()
         if width == 1:
@@ -201,15 +284,23 @@ class Scorer:
         return torch.cat([first, logits], 1).log_softmax(-1)
 
     @torch.no_grad()
-    def _score_batch(self, policy: Policy, batch: _Batch) -> dict[int, _Row]:
+    def _score_batch(self, policy: Policy, batch: _Batch, count_bytes: bool) -> dict[int, _Row]:
+        anew = must_prefill(policy) and (policy.chunked or not self._keep)
+        prompt = None if anew else self._captured(policy, batch)
+        first = 0 if anew else self._first_changed(policy, batch)
+        most = self._generate.get(batch.indices[0]) if count_bytes else None
         with attach(self.model, policy, self.spec) as runtime:
-            cache, last = _compressed(runtime, batch)
-            held = _bytes(runtime, cache)
-            found = self._continue(runtime, cache, batch, last)
-            most = self._generate.get(batch.indices[0])
-            answers = () if most is None else self._answers(runtime, batch, most)
-        kl = (batch.reference.exp() * (batch.reference - found)).sum(-1)
-        agree = found.argmax(-1) == batch.reference.argmax(-1)
+            cache, last = _compressed(runtime, batch, prompt, 0 if count_bytes else first)
+            held = _bytes(runtime, cache) if count_bytes else [_NOT_COUNTED] * len(batch.indices)
+            with ExitStack() as stack:
+                if first:
+                    assert self._decoder is not None
+                    stack.enter_context(started_at(self._decoder, first, batch.outputs[first - 1]))
+                found = self._continue(runtime, cache, batch, last)
+            answers = () if most is None else self._answers(runtime, batch, prompt, most)
+        reference = batch.reference.to(found.device)
+        kl = (reference.exp() * (reference - found)).sum(-1)
+        agree = found.argmax(-1) == reference.argmax(-1)
         right = found.argmax(-1) == batch.continuation
         nll = -found.gather(-1, batch.continuation[..., None])[..., 0]
         rows = {}
@@ -227,11 +318,11 @@ class Scorer:
             )
         return rows
 
-    def _answers(self, runtime: Runtime, batch: _Batch, most: int) -> Answers:
+    def _answers(self, runtime: Runtime, batch: _Batch, prompt: PromptCapture | None, most: int) -> Answers:
         """What is generated for each answer of a prompt that is a batch of its own."""
         (index,) = batch.indices
         example = self.examples[index]
-        cache, logits = _compressed(runtime, batch)
+        cache, logits = _compressed(runtime, batch, prompt)
         starts, fed, found = [a for a, _ in example.answers] or [0], 0, []
         for start in starts:
             if start > fed:
@@ -244,17 +335,33 @@ class Scorer:
         return tuple(found)
 
 
-def _compressed(runtime: Runtime, batch: _Batch) -> tuple[PolicyCache, Tensor]:
-    """The cache that the policy leaves after the prompts, and the logits [B, V] that follow them."""
-    if must_prefill(runtime.policy):
-        cache = runtime.new_cache()
-        return cache, prefill(runtime, cache, batch.ids, batch.prompt.valid)
-    return replay(runtime, batch.prompt), batch.prompt.last_logits
+def _keeps_all(layer: LayerPolicy, spec: LayerSpec) -> bool:
+    """Whether a layer does what the full cache does, to the bit."""
+    stored = layer.key_codec.name == layer.value_codec.name == "dense" and layer.channels is None
+    return stored and layer.shares is None and not evicts(layer, spec)
+
+
+def _compressed(
+    runtime: Runtime, batch: _Batch, prompt: PromptCapture | None, first: int = 0
+) -> tuple[PolicyCache, Tensor]:
+    """The cache that the policy leaves after the prompts, and the logits [B, V] that follow them.
+
+    Args:
+        prompt: As it was captured; None: it is run anew.
+        first: Layers before it stay empty.
+    """
+    if prompt is not None:
+        return replay(runtime, prompt, first), prompt.last_logits
+    cache = runtime.new_cache()
+    return cache, prefill(runtime, cache, batch.ids, batch.valid)
 
 
 def _bytes(runtime: Runtime, cache: PolicyCache) -> list[PromptBytes]:
     planned = [plan(runtime.policy, runtime.spec, [tokens], cache.appended) for tokens in cache.prompt_lengths]
     return [PromptBytes(p.total, cache.row_bytes(row), p.full) for row, p in enumerate(planned)]
+
+
+_NOT_COUNTED = PromptBytes(0, 0, 0)
 
 
 def _gathered(rows: Sequence[_Row]) -> Measured:

@@ -53,6 +53,13 @@ def command(
             show_default="all",
         ),
     ] = None,
+    replay_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory for prefilled prompts, such as 4GiB; the rest lies in temporary files (TMPDIR).",
+            show_default="half of what is free",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Draws the rows of a dataset.")] = 0,
@@ -67,7 +74,9 @@ def command(
 
     from kvplan.calibrate.shards import Shard
     from kvplan.files import check_writable
+    from kvplan.units import parse_bytes
 
+    replay_bytes = None if replay_memory is None else parse_bytes(replay_memory)
     check_writable(output, data or ())
     part = Shard.parse(shard) if shard else Shard(1, 1)
 
@@ -119,7 +128,7 @@ def command(
             warn("no prompt has a continuation, so sensitivity is not measured")
         else:
             start = time.perf_counter()
-            scorer = Scorer(network, spec, chosen)
+            scorer = Scorer(network, spec, chosen, replay_memory=replay_bytes)
             with progress("sensitivity", num_replays(spec, len(evictors) * len(SHARES))) as advance:
                 sums = measure(scorer.score, spec, len(chosen), evictors=evictors, progress=_steps(advance))
             sums = replace(sums, seconds=time.perf_counter() - start)

@@ -97,6 +97,13 @@ def command(
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
     recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
     min_slots: Annotated[int, typer.Option(min=1, help="Fewest slots of a layer.")] = 64,
+    replay_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory for prefilled prompts, such as 4GiB; the rest lies in temporary files (TMPDIR).",
+            show_default="half of what is free",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
@@ -105,8 +112,10 @@ def command(
     """Search the best policy under a memory target, and keep the best so far on disk."""
     from kvplan.errors import DataError, ProfileError
     from kvplan.files import check_writable
+    from kvplan.units import parse_bytes
 
     target = parse_target(mem, context, batch)
+    replay_bytes = None if replay_memory is None else parse_bytes(replay_memory)
     check_writable(output, [profile, storage, *(data or [])])
     address = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
 
@@ -170,7 +179,7 @@ def command(
     search_prompts, confirm_prompts = hold_out(tasks)
     for part in (search_prompts, confirm_prompts):
         goal.check([tasks[i] for i in part], [bool(examples[i].answers) for i in part])
-    scorer = Scorer(network, spec, examples)
+    scorer = Scorer(network, spec, examples, replay_memory=replay_bytes)
     fingerprint = data_fingerprint(examples)
     saved = False
 

@@ -29,6 +29,13 @@ def command(
     timeout: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
     ] = None,
+    replay_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory for prefilled prompts, such as 4GiB; the rest lies in temporary files (TMPDIR).",
+            show_default="half of what is free",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
@@ -41,7 +48,9 @@ def command(
     from kvplan.cli.console import note, stages
     from kvplan.search.shared import SharedStudy
     from kvplan.search.storage import open_storage
+    from kvplan.units import parse_bytes
 
+    replay_bytes = None if replay_memory is None else parse_bytes(replay_memory)
     with open_storage(storage, note, create=False) as opened:
         shared = SharedStudy.join(opened, study)
         from kvplan.search.worker import HINTS, work
@@ -74,7 +83,7 @@ def command(
         examples = [example for example in examples if example.continuation_ids]
         known["data"] = data_fingerprint(examples)
         shared.refuse_other(known, HINTS)
-        scorer = Scorer(network, spec, examples)
+        scorer = Scorer(network, spec, examples, replay_memory=replay_bytes)
         note(f"joined study '{shared.name}' ({opened.where})")
         with stages() as report:
 

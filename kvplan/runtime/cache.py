@@ -184,6 +184,11 @@ class PolicyCache(Cache):
         """The prompt is complete: whatever comes now is appended to it, also where its last piece was a whole chunk."""
         self._prompt_open = False
 
+    def lend_prompt(self, index: int, keys: Tensor, values: Tensor) -> None:
+        """Hand a layer's whole prompt to the layers that share it, where the layer itself is not run."""
+        if self._last_reader[index] != index:
+            self._contexts[index] = _Prompt(keys, values)
+
     def _run_prompt(
         self, index: int, source: int, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs, prefill: Any
     ) -> Tensor:

@@ -1,17 +1,20 @@
 """One prefill, many policies: a captured prompt from which any policy's pools can be filled.
 
 One-shot prefill attends over the whole prompt before anything is evicted, so a prompt's keys, values and evictor
-statistics do not depend on the policy. They are captured once; filling pools from them is the same code that a
-real run uses (`BudgetedLayer.fill`). Sharing changes the hidden states of later layers: such policies run anew.
+statistics depend on nothing of a policy but which layers share. They are captured once for each such choice, from the
+first layer that shares otherwise on; filling pools from them is the same code that a real run uses
+(`BudgetedLayer.fill`). A prompt that comes in chunks is evicted from while it is read: such policies run anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvplan.policy.schema import Policy
 from kvplan.runtime.attach import Runtime, attach
@@ -20,27 +23,41 @@ from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.layers.base import NO_BYTES, PolicyLayer, PromptStats
 from kvplan.runtime.layers.budgeted import BudgetedLayer
 from kvplan.runtime.prompt import row_lengths
+from kvplan.runtime.restart import Output, recorded, started_at
 from kvplan.runtime.rotary import find_rotaries
+
+Keep = Callable[[Tensor], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @dataclass
 class LayerCapture:
-    """One layer's prompt: q [B, Hq, T, D], keys and values [B, Hkv, T, D], and what policies asked of them."""
+    """One layer's prompt: q [B, Hq, T, D], keys and values [B, Hkv, T, D], and what policies asked of them.
+
+    Tensors may lie in files, on the CPU, whatever the device of the layer.
+    """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     args: AttentionArgs
+    device: torch.device
     stats: dict[Any, PromptStats] = field(default_factory=dict)
 
 
 class _CapturingLayer(BudgetedLayer):
     captured: LayerCapture
+    keep: Keep
 
     def observe_prompt(
         self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, args: AttentionArgs
     ) -> PromptStats:
-        self.captured = LayerCapture(q, keys, values, args)
+        # In the order in which trials need them, should memory not do for all.
+        kept = self.keep(keys), self.keep(values), self.keep(q)
+        self.captured = LayerCapture(kept[2], kept[0], kept[1], args, keys.device)
         return PromptStats()
 
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
@@ -55,43 +72,86 @@ class PromptCapture:
     """A batch of prompts, prefilled once. Rows are padded on the left.
 
     Attributes:
+        layers: By layer; for one that shares, its source's.
         valid: [B, T] bool.
         last_logits: [B, V] float32, the prediction after each prompt.
+        shares: The source of each layer that shares, else None.
+        outputs: What each decoder layer handed on, where that was recorded.
+        keep: Where statistics go.
     """
 
     layers: list[LayerCapture]
     valid: Tensor
     last_logits: Tensor
+    shares: tuple[int | None, ...] = ()
+    outputs: dict[int, Output] = field(default_factory=dict)
+    keep: Keep = as_it_is
 
     def stats(self, index: int, layer: PolicyLayer) -> PromptStats:
         """What a layer's policy asks of the prompt, computed when first asked for and then kept."""
         captured, policy = self.layers[index], layer.policy
         asked = (layer.evicts, policy.evictor, policy.protected_sinks, policy.channels, layer.heads_as_rows)
         if asked not in captured.stats:
-            captured.stats[asked] = layer.observe_prompt(
-                captured.queries, captured.keys, captured.values, self.valid.to(captured.keys.device), captured.args
+            q, keys, values, valid = (
+                x.to(captured.device) for x in (captured.queries, captured.keys, captured.values, self.valid)
             )
-        return captured.stats[asked]
+            found = layer.observe_prompt(q, keys, values, valid, captured.args)
+            captured.stats[asked] = _stats(found, self.keep)
+        return _stats(captured.stats[asked], lambda x: x.to(captured.device))
 
 
 def must_prefill(policy: Policy) -> bool:
-    """Whether a policy changes what its own prompt pass computes, so that no captured prompt can stand for it."""
+    """Whether a policy changes its own prompt pass, so that no prompt captured under the full cache stands for it."""
     return policy.chunked or any(layer.shares is not None for layer in policy.layers)
 
 
-def capture(model: Any, policy: Policy, spec: Any, ids: Tensor, valid: Tensor) -> PromptCapture:
+def _stats(stats: PromptStats, each: Keep) -> PromptStats:
+    scores, channels = stats.scores, stats.channels
+    return PromptStats(None if scores is None else each(scores), None if channels is None else each(channels))
+
+
+def capture(
+    model: Any,
+    policy: Policy,
+    spec: Any,
+    ids: Tensor,
+    valid: Tensor,
+    keep: Keep = as_it_is,
+    decoder: Sequence[nn.Module] | None = None,
+    start: PromptCapture | None = None,
+    first: int = 0,
+) -> PromptCapture:
     """Prefill a left-padded batch with everything kept.
 
     Args:
-        policy: A full policy of this model.
+        policy: A full policy of this model, but for layers that share.
         ids: [B, T] int64; valid: [B, T] bool.
+        keep: Given every captured tensor; what it returns is kept.
+        decoder: The decoder layers, whose outputs are then kept too.
+        start: A capture of the same prompts whose layers before `first` are taken over, with their outputs.
     """
-    with attach(model, policy, spec) as runtime, torch.no_grad():
+    with attach(model, policy, spec) as runtime, torch.no_grad(), ExitStack() as stack:
         cache = runtime.new_cache()
         cache.rotaries = find_rotaries(model, spec)  # a policy to come may ask
-        cache.layers = [_CapturingLayer(p, s) for p, s in zip(policy.layers, spec.layers, strict=True)]
+        layers = [_CapturingLayer(p, s) for p, s in zip(policy.layers, spec.layers, strict=True)]
+        cache.layers = layers
+        outputs = stack.enter_context(recorded(decoder, keep))
+        for index, layer in enumerate(layers):
+            layer.keep = keep
+            if start is not None and index < first:
+                layer.captured = start.layers[index]
+                if policy.source(index) == index:
+                    taken = layer.captured
+                    cache.lend_prompt(index, taken.keys.to(taken.device), taken.values.to(taken.device))
+        if start is not None:
+            assert decoder is not None
+            stack.enter_context(started_at(decoder, first, start.outputs[first - 1]))
         logits = forward(runtime, cache, ids, positions_of(valid), valid, last_only=True)
-    return PromptCapture([layer.captured for layer in cache.layers], valid, logits[:, -1])
+    if start is not None:
+        outputs = {**outputs, **{i: start.outputs[i] for i in range(first)}}
+    captured = [layers[policy.source(i)].captured for i in range(len(layers))]
+    shares = tuple(layer.shares for layer in policy.layers)
+    return PromptCapture(captured, valid, logits[:, -1], shares, outputs, keep)
 
 
 def positions_of(valid: Tensor) -> Tensor:
@@ -124,15 +184,19 @@ def prefill(runtime: Runtime, cache: PolicyCache, ids: Tensor, valid: Tensor) ->
     return logits[:, -1]
 
 
-def replay(runtime: Runtime, prompt: PromptCapture) -> PolicyCache:
+def replay(runtime: Runtime, prompt: PromptCapture, first: int = 0) -> PolicyCache:
     """A cache as the attached policy would have left it after this prompt.
 
-    Only for policies without sharing and without chunked prefill; see the module's docstring.
+    Args:
+        prompt: Captured with the same layers shared; the policy does not read prompts in chunks.
+        first: Layers before it stay empty, for forwards that start there.
     """
     cache = runtime.new_cache()
     lengths = row_lengths(prompt.valid)
     for index, layer in enumerate(cache.layers):
         captured = prompt.layers[index]
-        layer.fill(captured.keys, captured.values, lengths, prompt.stats(index, layer))
+        if index >= first and layer.policy.shares is None:
+            stats = prompt.stats(index, layer)
+            layer.fill(captured.keys.to(captured.device), captured.values.to(captured.device), lengths, stats)
         layer.columns = captured.keys.shape[2]
     return cache

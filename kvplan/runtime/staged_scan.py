@@ -148,6 +148,7 @@ def staged_score_scan(
     births, deaths = births[:, None], deaths[:, None]
     slots = torch.arange(body, device=device).expand(B, H, body).clone()
     visible = torch.zeros(B, H, T, N, dtype=torch.bool, device=device)
+    scores = scores.clone()
     for step in range(T):
         now = positions[:, :1, first_new + step, None]
         some = leaving[step, :, 3].nonzero()[:, 0]
@@ -164,10 +165,10 @@ def staged_score_scan(
             slot = torch.where(full, slots.gather(-1, victim), before)
             alive = alive.scatter(-1, victim, alive.gather(-1, victim) & ~full)
             slots[some] = slots[some].scatter(-1, target[some], slot[some])
-            scores = scores.clone()
             scores[some] = scores[some].scatter(-1, target[some], scores[some].gather(-1, source[some]))
         alive = (alive & (deaths != step)) | (births == step)
         visible[:, :, step] = alive
         probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], sink_logits)
-        scores = evictor.observe(scores, probs[..., 0, :].float(), Step(now, held[:, step, None, None]))
+        observed = evictor.observe(scores, probs[..., 0, :].float(), Step(now, held[:, step, None, None]))
+        scores = torch.where(alive, observed, scores)  # what has not come yet is not judged
     return visible, scores, alive, slots

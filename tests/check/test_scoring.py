@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ from families import model, prompts
 
 from kvplan.calibrate.prompts import Example
 from kvplan.check.scoring import Scorer
+from kvplan.methods.channels.think import ThinK
 from kvplan.methods.evictors import evictors
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots
 from kvplan.runtime.attach import attach, spec_of
 from kvplan.runtime.replay import PromptCapture, capture
+from kvplan.runtime.restart import decoder_layers
 
 
 def examples(lengths: tuple[int, ...], continuation: int = 9) -> list[Example]:
@@ -72,6 +77,90 @@ def test_sharing_is_run_honestly() -> None:
     scores = Scorer(made, spec_of(made), items).score(shared)
     for i, example in enumerate(items):
         assert scores.kl[i] == pytest.approx(by_hand(made, shared, example)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_sharing_is_captured_once_from_the_first_layer_that_shares_otherwise(
+    monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    made, firsts = model("qwen3"), []
+
+    def noting(*args: Any) -> PromptCapture:
+        firsts.append(args[-1])
+        return capture(*args)
+
+    monkeypatch.setattr("kvplan.check.scoring.capture", noting)
+    if not starts:
+        monkeypatch.setattr("kvplan.check.scoring.can_start_at", lambda *args: False)
+    items = examples((40, 23))
+    scorer = Scorer(made, spec_of(made), items)
+    scorer.prepare()
+    firsts.clear()
+    full, cut, tight = LayerPolicy(), policy("snapkv").layers[0], policy("h2o").layers[0]
+    for layers, first in [
+        ((cut, cut, cut, LayerPolicy(shares=1)), 0),
+        ((tight, cut, tight, LayerPolicy(shares=1)), None),
+        ((full, cut, LayerPolicy(shares=1), LayerPolicy(shares=1)), 2 if starts else 0),
+        ((tight, cut, LayerPolicy(shares=1), cut), 3 if starts else 0),
+        ((full, full, cut, LayerPolicy(shares=2)), 3 if starts else 0),
+        ((tight, tight, tight, LayerPolicy(shares=1)), None),
+        ((full, full, full, LayerPolicy(shares=1)), None),
+    ]:
+        scores = scorer.score(Policy(layers=layers))
+        assert firsts == ([] if first is None else [first]), layers
+        firsts.clear()
+        for i, example in enumerate(items):
+            assert scores.kl[i] == pytest.approx(by_hand(made, Policy(layers=layers), example)[0], abs=1e-5)
+
+
+def test_few_choices_of_shared_layers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvplan.check.scoring.MOST_SHARED", 2)
+    made = model("llama")
+    scorer = Scorer(made, spec_of(made), examples((20,)))
+    full, kept = LayerPolicy(), []
+    for shares in (0, 1, 2, 0, 1):
+        scorer.score(Policy(layers=(full, full, full, LayerPolicy(shares=shares))))
+        kept.append([key[3] for batch in scorer._batches.values() for key in batch.prompts])
+    assert kept == [[None, 0], [None, 0, 1], [None, 1, 2], [None, 2, 0], [None, 0, 1]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gemma4_text"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_layers_before_the_first_cut_one_are_not_run_again(family: str, cut: int) -> None:
+    made, items = model(family), examples((40, 23))
+    chosen, scorer = policy("tova").layers[0], Scorer(made, spec_of(made), items)
+    changed = [i for i in range(cut, 4) if scorer.spec.layers[i].window is None]
+    layers = tuple(chosen if i in changed else LayerPolicy() for i in range(4))
+    scores, ran = scorer.score(Policy(layers=layers)), []
+    for i, layer in enumerate(decoder_layers(made, 4) or ()):
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attn
+        attention.register_forward_hook(lambda *args, i=i: ran.append(i))
+    assert scorer.score(Policy(layers=layers)) == scores
+    assert ran == list(range(changed[0], 4))
+    for i, example in enumerate(items):
+        assert scores.kl[i] == pytest.approx(by_hand(made, Policy(layers=layers), example)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("memory", [0, 60_000])
+def test_prompts_in_files_score_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, items = model("qwen3"), examples((40, 23, 31))
+    base = policy("h2o").layers[0]
+    policies = [
+        policy("h2o"),
+        policy("snapkv"),
+        Policy(layers=(replace(base, channels=ThinK(recent=4)),) * 4),
+        Policy(layers=(base, LayerPolicy(), LayerPolicy(shares=0), base)),
+        Policy(layers=(LayerPolicy(), LayerPolicy(), LayerPolicy(), base)),
+    ]
+    small, large = (Scorer(made, spec_of(made), items, replay_memory=m, batch_tokens=80) for m in (memory, 2**40))
+    for chosen in policies * 2:
+        assert small.measure(chosen) == large.measure(chosen)
+    assert small.store.file_bytes > 100_000 and large.store.file_bytes == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    del small
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scores_do_not_depend_on_batching_or_on_what_else_is_asked() -> None:

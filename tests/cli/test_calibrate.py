@@ -35,7 +35,8 @@ def folder(tmp_path_factory, tiny_tokenizer):
 
 
 class FakeScorer:
-    def __init__(self, model, spec, examples, progress=None):
+    def __init__(self, model, spec, examples, *, replay_memory):
+        FakeScorer.replay_memory = replay_memory
         self.examples = examples
 
     def score(self, policy, prompts):
@@ -58,8 +59,9 @@ def invoke(*args):
 
 def test_calibrate_writes_a_profile_and_prints_a_table(folder, tmp_path):
     out = tmp_path / "p.json"
-    result = invoke(folder, "--data", folder / "text.txt", "--max-tokens", 80, "-o", out)
+    result = invoke(folder, "--data", folder / "text.txt", "--max-tokens", 80, "--replay-memory", "1MiB", "-o", out)
     assert result.exit_code == 0, result.output
+    assert FakeScorer.replay_memory == 2**20
     profile = Profile.load(out)
     assert profile.statistics.num_prompts > 2
     assert profile.sensitivity["snapkv"][1000] == [0.5, 0.5]

@@ -76,7 +76,12 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
     score = FakeScore()
     profile = FakeProfile()
     scoring: Any = ModuleType("kvplan.check.scoring")
-    scoring.Scorer = lambda model, spec, examples: SimpleNamespace(score=score, prepare=score.prepare)
+
+    def scorer(model: Any, spec: ModelSpec, examples: Any, *, replay_memory: int | None) -> SimpleNamespace:
+        score.replay_memory = replay_memory
+        return SimpleNamespace(score=score, prepare=score.prepare)
+
+    scoring.Scorer = scorer
     monkeypatch.setitem(sys.modules, "kvplan.check.scoring", scoring)
     monkeypatch.setattr(kvplan.calibrate.profile.Profile, "load", classmethod(lambda cls, path: profile))
     monkeypatch.setattr(kvplan.calibrate.prompts, "load_examples", lambda *args, **options: EXAMPLES)
@@ -115,6 +120,19 @@ def test_search_writes_a_policy_and_its_journal(
     assert (tmp_path / "policy.40pct.journal").exists()
     assert [len(prompts) for _, prompts in faked.calls[:4]] == [6] * 4
     assert len(faked.calls[-1][1]) == 3
+
+
+@pytest.mark.parametrize(("given", "handed"), [((), None), (("--replay-memory", "1.5GiB"), 1610612736)])
+def test_the_memory_of_captured_prompts_is_bounded(
+    faked: FakeScore, given: tuple[str, ...], handed: int | None
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "1", *given) == 0
+    assert faked.replay_memory == handed
+
+
+def test_a_memory_that_is_no_size_is_refused(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_search("--mem", "40%", "--replay-memory", "4") == 2
+    assert capsys.readouterr().err == "error: '4' is not a size; write for example 512MiB or 1.5GiB\n"
 
 
 def test_json_is_data_on_stdout(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,8 +168,8 @@ class ElasticLayer(BudgetedLayer):
             alive[..., old + step] = True
             visible[:, :, step] = alive
             probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
-            held = Step(now, alive.sum(-1, keepdim=True))
-            scores = self.evictor.observe(scores, probs[..., 0, :].float(), held)
+            observed = self.evictor.observe(scores, probs[..., 0, :].float(), Step(now, alive.sum(-1, keepdim=True)))
+            scores = torch.where(alive, observed, scores)  # what has not come yet is not judged
             if self.evicts:
                 alive = alive & self._alive(scores, positions, now)
         return visible, scores, alive
