@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -89,7 +90,8 @@ def work(url: str, threads: int, seconds: float) -> None:
             thread.start()
         ready.wait()
         print("ready", flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # the benchmark has gone
+            os._exit(1)
         before = time.process_time()
         go.set()
         for thread in started:
@@ -185,6 +187,7 @@ def main() -> None:
         return
     from postgres_server import running_server
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that the server ends with the benchmark
     numbers = [int(n) for n in args.workers.split(",")]
     with running_server(f"max_connections={4 * max(numbers) + 20}") as server:
         version = subprocess.run([server.programs / "postgres", "--version"], capture_output=True, text=True).stdout

@@ -258,7 +258,7 @@ def command(
     if result.resumed:
         note(f"{result.resumed} trials are from earlier runs ({where(address)})")
     if result.by_others:
-        note(f"{result.by_others} trials were run by other processes")
+        note(f"trials run by other processes: {result.by_others}")
     if as_json:
         typer.echo(json.dumps(as_data(result), indent=2, allow_nan=False))
     else:

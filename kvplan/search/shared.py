@@ -118,6 +118,10 @@ class SharedStudy:
         self._total = max(self._total, int(self.study.user_attrs.get(TOTAL, 0)))
         return self._total
 
+    def has_all(self, done: int) -> bool:
+        """Whether so many are all. Asks the storage only then: it would send the whole definition along."""
+        return done >= self._total and done >= self.total
+
     def ledger(self) -> Ledger:
         return Ledger.read(self.study, self._total)
 

@@ -213,7 +213,7 @@ class TrialRun:
             known = len(self.rows)
             is_better = self.take_over(ledger)
             report(self.rows[known:], is_better)
-            if self.num_done >= (shared.total if trials is None else trials):
+            if shared.has_all(self.num_done) if trials is None else self.num_done >= trials:
                 return
             if self.num_done and time.monotonic() >= deadline:
                 return
