@@ -46,7 +46,7 @@ class Lists:
         self.scored = name in ("h2o", "tova")
         self.most = None if slots is None else (slots - ring) // unit  # units of the body
         ranks = ListCache(name, prompt, sinks, recent, ARGS.scaling)
-        ranks.prefill(q[:, :prompt], k[:, :prompt])
+        ranks.prefill(q[:, :prompt], k[:, :prompt], v[:, :prompt])
         self.scores = [dict(enumerate(row)) for row in ranks.scores]
         self.body: list[list[list[int]]] = []
         self.fresh: list[list[int]] = []
