@@ -78,7 +78,7 @@ def command(
     speed_tokens: Annotated[int, typer.Option(min=0, help="Tokens decoded to time each policy; 0: no timing.")] = 32,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens that run together.")] = 16384,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of tasks, rows of a dataset and the bootstrap.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the first policy's")
     ] = None,
@@ -86,7 +86,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON instead of tables.")] = False,
 ) -> None:
     """Measure policies and baselines beside the full cache: KL, top-1, perplexity, scores, bytes and speed."""
-    ways = _check_options(policy, baseline, data, task, context, question, profile, column, split)
+    ways = _check_options(policy, baseline, data, task, suite, context, question, profile, max_prompts, column, split)
 
     from kvplan.files import check_writable
     from kvplan.policy.serialize import load_policy
@@ -116,42 +116,26 @@ def command(
 
     network, tokenizer, spec, bundled = _load(files, plans, model, dtype, device, trust_remote_code)
 
-    from kvplan.calibrate.prompts import load_examples
     from kvplan.check.suites import suite_examples
     from kvplan.check.tasks import generated
-    from kvplan.check.tasks.build import unknown_share
-    from kvplan.cli.console import note, out, stages, warn
+    from kvplan.cli.console import note, out, stages
     from kvplan.errors import DataError
 
-    limit = spec.max_context_tokens
-    if not (data or names or suite):
-        if not bundled:
-            raise DataError("nothing to measure on; give --data, --task or --suite")
-        from kvplan.demo.data import calib_data_path
-
-        data, max_prompts = [str(calib_data_path("heldout"))], max_prompts or HELDOUT_PROMPTS
-        sources = ["bundled heldout prompts"]
-    else:
-        sources = [*(data or []), *(f"task {name}" for name in names), *(f"suite {text}" for text in suite or [])]
-    examples: list[Example] = []
+    chosen = bool(data or names or suite)
+    if not chosen and not bundled:
+        raise DataError("nothing to measure on; give --data, --task or --suite")
+    examples, sources = ([], []) if chosen else _own_examples(tokenizer, spec, max_prompts)
     if data:
-        found = load_examples(
-            data, tokenizer, max_prompts=max_prompts, max_tokens=max_tokens, context_limit=limit, column=column,
-            split=split, seed=seed,
-        )  # fmt: skip
-        examples += found
-        if (share := unknown_share(found, tokenizer)) > 0.02:
-            warn(f"the tokenizer does not know {share:.0%} of the words in --data")
-    lengths = [parse_tokens(text) for text in context or []] or [min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)]
-    for length in lengths:
-        if limit is not None and length > limit:
-            raise DataError(f"--context {length} is more than the model's context of {limit} tokens")
-        for name in names:
-            examples += generated(name, tokenizer, length, samples, ways=ways, seed=seed)
+        limits = {"max_prompts": max_prompts, "max_tokens": max_tokens, "column": column, "split": split, "seed": seed}
+        examples += _data_examples(data, tokenizer, spec, **limits)
+        sources += data
+    for length in _lengths(context, spec) if names else []:
+        examples += [e for name in names for e in generated(name, tokenizer, length, samples, ways=ways, seed=seed)]
     for text in suite or []:
         examples += suite_examples(
-            text, tokenizer, ways=ways, samples=samples, max_tokens=max_tokens, context_limit=limit
+            text, tokenizer, ways=ways, samples=samples, max_tokens=max_tokens, context_limit=spec.max_context_tokens
         )
+    sources += [*(f"task {name}" for name in names), *(f"suite {text}" for text in suite or [])]
     examples = [example for example in examples if example.continuation_ids]
 
     from kvplan.check.evaluate import Candidate, evaluate
@@ -207,9 +191,11 @@ def _check_options(
     baseline: Sequence[str] | None,
     data: Sequence[str] | None,
     task: Sequence[str] | None,
+    suite: Sequence[str] | None,
     context: Sequence[str] | None,
     question: str,
     profile: Path | None,
+    max_prompts: int | None,
     column: str | None,
     split: str | None,
 ) -> tuple[bool, ...]:
@@ -225,6 +211,8 @@ def _check_options(
         raise KVPlanError("--context is the length of generated prompts; give a --task, or --max-tokens for --data")
     if question not in WAYS:
         raise KVPlanError(f"--question: {unknown('way of asking', question, list(WAYS))}")
+    if max_prompts and not data and (task or suite):
+        raise KVPlanError("--max-prompts is of --data; --samples says how many cases of a task or suite")
     if not data and (column or split):
         raise KVPlanError("--column and --split choose inside a dataset; give it with --data")
     return WAYS[question]
@@ -287,6 +275,41 @@ def _baselines(asked: Sequence[Baseline], spec: ModelSpec, examples: Sequence[Ex
             )
         importance = measured.importance
     return [Candidate(name=one.name, source=one.name, policy=one.policy(spec, context, importance)) for one in asked]
+
+
+def _own_examples(tokenizer: Any, spec: ModelSpec, max_prompts: int | None) -> tuple[list[Example], list[str]]:
+    """Prompts of the bundled model that no other step reads, and what they are called."""
+    from kvplan.calibrate.prompts import load_examples
+    from kvplan.demo.data import calib_data_path
+
+    most = max_prompts or HELDOUT_PROMPTS
+    path = calib_data_path("heldout")
+    found = load_examples([path], tokenizer, max_prompts=most, context_limit=spec.max_context_tokens)
+    return found, ["bundled heldout prompts"]
+
+
+def _data_examples(data: Sequence[str], tokenizer: Any, spec: ModelSpec, **limits: Any) -> list[Example]:
+    from kvplan.calibrate.prompts import load_examples
+    from kvplan.check.tasks.build import MAX_UNKNOWN, unknown_share
+    from kvplan.cli.console import warn
+
+    found = load_examples(data, tokenizer, context_limit=spec.max_context_tokens, **limits)
+    if (share := unknown_share(found, tokenizer)) > MAX_UNKNOWN:
+        warn(f"the tokenizer does not know {share:.0%} of the words in --data")
+    return found
+
+
+def _lengths(context: Sequence[str] | None, spec: ModelSpec) -> list[int]:
+    """Of generated prompts. Raises: DataError: one is longer than the model reads."""
+    from kvplan.errors import DataError
+
+    limit = spec.max_context_tokens
+    if not context:
+        return [min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)]
+    lengths = [parse_tokens(text) for text in context]
+    if limit is not None and max(lengths) > limit:
+        raise DataError(f"--context {max(lengths)} is more than the model's context of {limit} tokens")
+    return lengths
 
 
 def _labels(files: Sequence[Path]) -> list[str]:

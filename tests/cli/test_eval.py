@@ -136,6 +136,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "an unknown way": ((*BOTH, "--question", "awre"), "unknown way of asking 'awre'; did you mean 'aware'?"),
     "a column of no dataset": (
         ("--policy", "a.yaml", "--task", "niah", "--column", "x"), "--column and --split choose inside a dataset"),
+    "prompts of no data": (("--policy", "a.yaml", "--task", "niah", "--max-prompts", 3), "--samples says how many"),
     "a profile without a baseline": ((*BOTH, "--profile", "p.json"), "--profile is for baselines"),
     "a baseline that needs one": ((*BOTH, "--baseline", "squeeze:snapkv@40%"), "give the --profile"),
     "one policy twice": (("--policy", "a.yaml", *BOTH), "a.yaml is given twice"),
