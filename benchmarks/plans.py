@@ -31,7 +31,6 @@ from kvplan.loading import load_model
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.policy.serialize import dump_policy
-from kvplan.search.allocators import allocators
 from kvplan.search.budget import Protection
 from kvplan.search.compile import Compiler, Params, budget_for
 from kvplan.search.confirm import SEARCHED, TrialRow, confirm, hold_out
@@ -113,7 +112,7 @@ class Bench:
         yield FULL, lambda: Made(full)
         for evictor in tokens.names:
             yield f"uniform {evictor}", recipe("uniform", evictor)
-        for split in allocators.names():
+        for split in tokens.allocators:
             if split != "uniform":
                 yield f"{split} {best}", recipe(split, best)
         one = Decisions(("evictor", "params"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvplan.calibrate.statistics import MASS_LEVELS
+from kvplan.calibrate.statistics import MASS_LEVELS, NORM_LEVELS, PREFIX_LEVELS
 
 LAST_ROWS = 32  # queries at the end of the prompt: they resemble the decode steps that a cache serves
 SPREAD_ROWS = 16  # queries spread evenly over the rest
@@ -48,7 +49,8 @@ def attention_shape(
         sink_logits: [Hq] logits of a learned sink outside the cache, or None.
 
     Returns:
-        sink_mass, recent_mass, entropy, head_agreement [B, Hkv] and effective_tokens [B, Hkv, M].
+        sink_mass, recent_mass, entropy, head_agreement [B, Hkv], effective_tokens [B, Hkv, M], prefix_tokens [B, P] and
+        norm_tokens [B, N].
     """
     B, Hkv, T, D = key.shape
     R, G = rows.shape[1], query.shape[1] // Hkv
@@ -74,12 +76,18 @@ def attention_shape(
     near = rows[:, :, None] - torch.arange(recent, device=rows.device)  # [B, R, recent]
     near_mass = mean.gather(3, near.clamp_min(0)[:, None].expand(-1, Hkv, -1, -1))
     near_mass = near_mass * (near >= first[:, None, None])[:, None]
-    last = mean[:, :, :LAST_ROWS:SORTED_STEP].sort(-1, descending=True).values.cumsum(-1)  # [B, Hkv, R', T]
-    levels = torch.tensor(MASS_LEVELS, device=key.device)
-    # Searching the sorted sums for a level counts the tokens before it; one more reaches it.
-    counts = torch.searchsorted(last, levels.expand(*last.shape[:-1], -1).contiguous()).clamp_max(T - 1) + 1
+    ranked = mean[:, :, :LAST_ROWS:SORTED_STEP].sort(-1, descending=True).values  # [B, Hkv, R', T]
     last_weights = weights[:, :LAST_ROWS:SORTED_STEP]
     last_weights = last_weights / last_weights.sum(1, keepdim=True)
+    counts = _tokens_for(ranked, MASS_LEVELS)  # [B, Hkv, R', M]
+    norms = ranked.square().cumsum(-1).sqrt().mean(1)  # [B, R', T]: one number of tokens for all heads
+    norm_counts = _tokens_reaching(norms, norms[..., -1:] * torch.tensor(NORM_LEVELS, device=key.device))
+    # The first samples are the last queries themselves; each of the others stands for many.
+    lengths, spread = valid.sum(1, keepdim=True), (weights[:, LAST_ROWS:] > 0).sum(1, keepdim=True)
+    stands_for = (weights > 0).float()
+    stands_for[:, LAST_ROWS:] *= (lengths - LAST_ROWS) / spread.clamp_min(1)
+    received = (mean.mean(1) * stands_for[..., None]).sum(1)  # [B, T]
+    received = (received / received.sum(-1, keepdim=True)).sort(-1, descending=True).values
     if G > 1:
         # |sum of unit vectors|^2 = G + sum over ordered pairs of their cosine
         unit_sum = (probs / probs.norm(dim=-1, keepdim=True).clamp_min(1e-20)).sum(2)
@@ -96,7 +104,37 @@ def attention_shape(
         "entropy": average(torch.special.entr(mean).sum(-1)),
         "head_agreement": average(agreement),
         "effective_tokens": (counts * last_weights[:, None, :, None]).sum(2),
+        "prefix_tokens": _tokens_for(received, PREFIX_LEVELS).float(),
+        "norm_tokens": (norm_counts * last_weights[..., None]).sum(1),
     }
+
+
+def _tokens_for(ranked: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """How many of the first entries of a descending distribution [..., T] hold each level: [..., M]."""
+    wanted = torch.tensor(levels, device=ranked.device).expand(*ranked.shape[:-1], -1)
+    return _tokens_reaching(ranked.cumsum(-1), wanted)
+
+
+def _tokens_reaching(sums: Tensor, wanted: Tensor) -> Tensor:
+    """How many tokens the ascending sums [..., T] need to reach what is wanted [..., M]: [..., M]."""
+    # Searching for a level counts the tokens before it; one more reaches it.
+    return torch.searchsorted(sums.contiguous(), wanted.contiguous()).clamp_max(sums.shape[-1] - 1) + 1
+
+
+def head_cosine(value: Tensor, output: Tensor, counted: Tensor) -> Tensor:
+    """Cosine between a token's value and what a head makes of it there: [B, Hkv], mean over group and tokens.
+
+    Gulhan et al. 2025, BaKlaVa, arXiv:2502.13176.
+
+    Args:
+        value: [B, Hkv, T, Dv].
+        output: [B, T, Hq, Dv].
+        counted: [B, T] bool, the tokens that count.
+    """
+    made = output.transpose(1, 2).unflatten(1, (value.shape[1], -1)).float()  # [B, Hkv, G, T, Dv]
+    cosine = F.cosine_similarity(made, value[:, :, None].float(), dim=-1).mean(2)  # [B, Hkv, T]
+    counted = counted[:, None]
+    return cosine.masked_fill(~counted, 0.0).sum(-1) / counted.sum(-1).clamp_min(1)
 
 
 def softcapped_attention(

@@ -18,10 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvplan.calibrate.attention_shape import LAST_ROWS, SPREAD_ROWS, attention_shape, sampled_rows, softcapped_attention
+from kvplan.calibrate.attention_shape import (
+    LAST_ROWS,
+    SPREAD_ROWS,
+    attention_shape,
+    head_cosine,
+    sampled_rows,
+    softcapped_attention,
+)
 from kvplan.calibrate.prompts import Example
 from kvplan.calibrate.residual import ResidualProbe, decoder_layers
-from kvplan.calibrate.statistics import MASS_LEVELS, MOMENT_NAMES, SHARING_TOKENS, LayerProfile, Moments, Statistics
+from kvplan.calibrate.statistics import (
+    MASS_LEVELS,
+    MOMENT_NAMES,
+    NORM_LEVELS,
+    PREFIX_LEVELS,
+    SHARING_TOKENS,
+    LayerProfile,
+    Moments,
+    Statistics,
+)
 from kvplan.errors import DataError, ModelError
 from kvplan.loading import check_tokens
 from kvplan.placement import input_device
@@ -67,6 +83,12 @@ class _Batch:
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
+
+    @property
+    def behind_sinks(self) -> Tensor:
+        """[B, T] bool: a prompt's tokens behind its first ones; all of them where there are no more."""
+        place = self.valid.cumsum(1)
+        return self.valid & (place > self.sinks) | (self.valid & (place[:, -1:] <= self.sinks))
 
     def token_mean(self, values: Tensor) -> Tensor:
         """[B, ..., T] -> [B, ...]: mean over a prompt's own tokens."""
@@ -149,6 +171,8 @@ def collect(
             "last_rows": LAST_ROWS,
             "spread_rows": SPREAD_ROWS,
             "mass_levels": list(MASS_LEVELS),
+            "prefix_levels": list(PREFIX_LEVELS),
+            "norm_levels": list(NORM_LEVELS),
         },
         seconds={"forward": total - measuring, "statistics": measuring},
     )
@@ -213,8 +237,12 @@ def _attention(
         }
         batch.keys[layer] = (_first_tokens(key, batch.valid), _first_tokens(value, batch.valid))
     if softcap is None and sink_logits is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return softcapped_attention(query, key, value, attention_mask, scaling, softcap, sink_logits), None
+        output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
+    else:
+        output = softcapped_attention(query, key, value, attention_mask, scaling, softcap, sink_logits)
+    with batch.timed():
+        batch.values[layer]["head_cosine"] = head_cosine(value, output, batch.behind_sinks)
+    return output, None
 
 
 def _cosine(layer: int, before: Tensor, after: Tensor) -> None:

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from kvplan.calibrate.facts import Curve, LayerFacts
 from kvplan.calibrate.statistics import (
+    LATER_NAMES,
     MASS_LEVELS,
     MOMENT_NAMES,
+    NORM_LEVELS,
+    PREFIX_LEVELS,
     SHARING_TOKENS,
     LayerProfile,
     Moments,
@@ -66,6 +70,29 @@ class Profile:
         return [1.0 - c for c in self.cosine[0]]
 
     @property
+    def facts(self) -> list[LayerFacts]:
+        """What allocators read, per layer."""
+        return [self._facts(layer) for layer in self.statistics.layers]
+
+    def _facts(self, layer: LayerProfile) -> LayerFacts:
+        tokens = self.statistics.num_tokens / self.statistics.num_prompts
+
+        def curve(levels: tuple[float, ...], counts: Any) -> Curve:
+            return tuple((level, float(count) / tokens) for level, count in zip(levels, counts, strict=True))
+
+        mass = curve(MASS_LEVELS, layer.effective_tokens.mean.mean(0))
+        importance = 1.0 - float(layer.cosine.mean)
+        if not all(getattr(layer, name).count for name in LATER_NAMES):
+            return LayerFacts(importance=importance, mass_curve=mass)
+        return LayerFacts(
+            importance=importance,
+            head_change=1.0 - float(layer.head_cosine.mean.mean()),
+            mass_curve=mass,
+            prefix_curve=curve(PREFIX_LEVELS, layer.prefix_tokens.mean),
+            norm_curve=curve(NORM_LEVELS, layer.norm_tokens.mean),
+        )
+
+    @property
     def pair_distances(self) -> list[tuple[int, int, float]]:
         """(i, j, distance) with i > j, the most dissimilar first; only layers whose caches have one shape and window.
 
@@ -114,7 +141,7 @@ class Profile:
                 "layer": i,
                 "importance": self.importance[i],
                 "cosine": {"mean": mean[i], "std": std[i], "se": se[i]},
-                **{name: getattr(layer, name).mean.tolist() for name in MOMENT_NAMES if name != "cosine"},
+                **{name: m.mean.tolist() for name, m in _measured(layer).items() if name != "cosine"},
             }
             for i, layer in enumerate(stats.layers)
         ]
@@ -126,6 +153,8 @@ class Profile:
             "versions": dict(self.versions),
             "seconds": self.seconds,
             "mass_levels": list(MASS_LEVELS),
+            "prefix_levels": list(PREFIX_LEVELS),
+            "norm_levels": list(NORM_LEVELS),
             "layers": layers,
             "pair_distances": self.pair_distances if stats.sharing_prompts else [],
             "sensitivity": self.sensitivity,
@@ -152,7 +181,7 @@ class Profile:
             "sharing_prompts": stats.sharing_prompts,
             "layers": [
                 {
-                    **{name: _dump_moments(getattr(layer, name)) for name in MOMENT_NAMES},
+                    **{name: _dump_moments(m) for name, m in _measured(layer).items()},
                     "key_sum": base64.b64encode(layer.key_sum.astype("<f4").tobytes()).decode(),
                     "value_sum": base64.b64encode(layer.value_sum.astype("<f4").tobytes()).decode(),
                 }
@@ -273,6 +302,11 @@ def _same(what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 def _join(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, str]:
     """Versions of both; every one is kept where they differ."""
     return {k: ", ".join(sorted({*a.get(k, "?").split(", "), *b.get(k, "?").split(", ")})) for k in {**a, **b}}
+
+
+def _measured(layer: LayerProfile) -> dict[str, Moments]:
+    """Without what a profile of an earlier build lacks."""
+    return {name: m for name in MOMENT_NAMES if (m := getattr(layer, name)).count or name not in LATER_NAMES}
 
 
 def _name(spec: ModelSpec) -> str:

@@ -76,6 +76,10 @@ class _Layer(_Model):
     key_norm: _Moments
     value_norm: _Moments
     head_agreement: _Moments
+    # Profiles of earlier builds have none of these.
+    head_cosine: _Moments | None = None
+    prefix_tokens: _Moments | None = None
+    norm_tokens: _Moments | None = None
     key_sum: str
     value_sum: str
 
@@ -182,10 +186,11 @@ class _File(_Model):
         return profile
 
     def _layer(self, i: int, layer: _Layer, spec: LayerSpec) -> LayerProfile:
-        moments = {
-            name: getattr(layer, name).unpack(moment_shape(name, spec), self.data.prompts, f"layers.{i}.{name}")
-            for name in MOMENT_NAMES
-        }
+        moments = {}
+        for name in MOMENT_NAMES:
+            packed, shape = getattr(layer, name), moment_shape(name, spec)
+            where = f"layers.{i}.{name}"
+            moments[name] = Moments.none(shape) if packed is None else packed.unpack(shape, self.data.prompts, where)
         key_sum = _unpack_sum(layer.key_sum, spec.kv_heads, spec.key_dim, f"layers.{i}.key_sum")
         value_sum = _unpack_sum(layer.value_sum, spec.kv_heads, spec.value_dim, f"layers.{i}.value_sum")
         return LayerProfile(**moments, key_sum=key_sum, value_sum=value_sum)

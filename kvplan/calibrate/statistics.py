@@ -13,6 +13,8 @@ from kvplan.model_spec import LayerSpec
 
 SHARING_TOKENS = 64
 MASS_LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
+PREFIX_LEVELS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+NORM_LEVELS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 Array = npt.NDArray[np.float64]
 
@@ -28,6 +30,11 @@ class Moments:
     count: int
     sum: Array
     squares: Array
+
+    @classmethod
+    def none(cls, shape: tuple[int, ...]) -> Moments:
+        """Of no prompts."""
+        return cls(0, np.zeros(shape), np.zeros(shape))
 
     @classmethod
     def of(cls, values: Array) -> Moments:
@@ -73,6 +80,10 @@ class LayerProfile:
         key_norm: [Hkv] mean L2 norm of keys.
         value_norm: [Hkv] mean L2 norm of values.
         head_agreement: [Hkv] mean pairwise cosine of the attention of a group's query heads; 1 for a group of one.
+        head_cosine: [Hkv] cosine between a token's value and a query head's output there, behind the first tokens.
+        prefix_tokens: [P] how many tokens hold that part (`PREFIX_LEVELS`) of the attention of all heads and queries.
+        norm_tokens: [N] how many tokens per head keep that part (`NORM_LEVELS`) of the L2 norm of a query's attention,
+            mean over heads.
         key_sum: [Hkv, 64, Dk] float32 sum over prompts of the first keys, for the distances of KVSharer.
         value_sum: [Hkv, 64, Dv] the same of values.
     """
@@ -85,16 +96,26 @@ class LayerProfile:
     key_norm: Moments
     value_norm: Moments
     head_agreement: Moments
+    head_cosine: Moments
+    prefix_tokens: Moments
+    norm_tokens: Moments
     key_sum: npt.NDArray[np.float32]
     value_sum: npt.NDArray[np.float32]
 
 
 MOMENT_NAMES = tuple(f.name for f in fields(LayerProfile) if not f.name.endswith("_sum"))
+LATER_NAMES = ("head_cosine", "prefix_tokens", "norm_tokens")  # not in profiles of earlier builds: a count of 0
 
 
 def moment_shape(name: str, layer: LayerSpec) -> tuple[int, ...]:
     """Shape of a statistic of one layer."""
-    return {"cosine": (), "effective_tokens": (layer.kv_heads, len(MASS_LEVELS))}.get(name, (layer.kv_heads,))
+    shapes = {
+        "cosine": (),
+        "effective_tokens": (layer.kv_heads, len(MASS_LEVELS)),
+        "prefix_tokens": (len(PREFIX_LEVELS),),
+        "norm_tokens": (len(NORM_LEVELS),),
+    }
+    return shapes.get(name, (layer.kv_heads,))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.calibrate.precision import Precision, storable
 from kvplan.errors import MethodError, ProfileError, TargetError
 from kvplan.methods.evictors import evictors
@@ -60,25 +61,25 @@ class Baseline:
     def name(self) -> str:
         return f"{self.allocator}:{self.method}@{format_share(self.share)}"
 
-    def policy(self, spec: ModelSpec, context_tokens: int, importance: Sequence[float] | None = None) -> Policy:
+    def policy(self, spec: ModelSpec, context_tokens: int, facts: Sequence[LayerFacts] | None = None) -> Policy:
         """The policy at the share's bytes, side arrays and scales included.
 
         A codec that stores the whole prompt in fewer bytes than the share is `full`, and holds less.
 
         Args:
             context_tokens: The prompt length that the least slots of a layer are counted at.
-            importance: Of each layer, from a profile; for allocators that go by it.
+            facts: Of each layer, from a profile; for allocators that read them.
 
         Raises:
-            ProfileError: the allocator goes by importance, and there is none.
+            ProfileError: the allocator goes by what is not there.
             TargetError: the least slots cost more than the share.
             MethodError: the codec cannot store this model's heads in fewer bytes.
         """
         allocator = allocators[self.allocator]()
-        if allocator.needs_importance and importance is None:
+        if allocator.reads and facts is None:
             raise ProfileError(
-                f"baseline '{self.name}': {self.allocator} splits by the layers' importance; give the --profile that "
-                "kvplan calibrate wrote"
+                f"baseline '{self.name}': {self.allocator} splits by the layers' {allocator.reads.replace('_', ' ')}; "
+                "give the --profile that kvplan calibrate wrote"
             )
         method, protection = named(self.method), Protection()
         if not storable(method.precision, spec):
@@ -87,8 +88,14 @@ class Baseline:
             )
         target = Target(share=self.share)
         budget = Budget(spec=spec, target=target, context_tokens=context_tokens, protection=protection)
-        layers, known = budget.layers, importance or [1.0] * spec.num_layers
-        raw = allocator.split([known[i] for i in layers], self.share / BASIS_POINTS)
+        layers, known = budget.layers, facts or [LayerFacts(importance=1.0)] * spec.num_layers
+        told = [known[i] for i in layers]
+        if not allocator.usable(told):
+            raise ProfileError(
+                f"baseline '{self.name}': the profile lacks what {self.allocator} splits by; an earlier build made it, "
+                "calibrate again"
+            )
+        raw = allocator.split(told, self.share / BASIS_POINTS)
         try:
             units = project(
                 raw,

@@ -23,14 +23,17 @@ from kvplan.loading import load_model
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.policy.serialize import load_policy
 from kvplan.report.comparison import markdown, table
+from kvplan.search.allocators import allocators
 from kvplan.search.compile import mean_prompt_tokens
 from kvplan.search.method import joined
 from kvplan.units import parse_share
 
 TARGET = "40%"
 HELDOUT_PROMPTS = 90
-COMPARED_EVICTORS = (*EVICTORS, "sliding")  # every one more costs the demo time
-LABELS = {"uniform": "uniform", "squeeze": "SqueezeAttention", "pyramid": "PyramidKV"}
+# Every one more costs the demo time.
+COMPARED_EVICTORS = (*EVICTORS, "sliding")
+COMPARED_SPLITS = ("uniform", "squeeze", "pyramid")
+LABELS = {name: allocators[name].title for name in COMPARED_SPLITS}
 
 
 def kvplan(*args: str) -> None:
@@ -59,7 +62,7 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
         if storable(both := Precision(codec, codec), spec)
     }
     context = mean_prompt_tokens(profile)
-    policies |= {name: made.policy(spec, context, profile.importance) for name, made in baselines.items()}
+    policies |= {name: made.policy(spec, context, profile.facts) for name, made in baselines.items()}
     with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))
     splits = [

@@ -263,7 +263,7 @@ def _baselines(asked: Sequence[Baseline], spec: ModelSpec, examples: Sequence[Ex
     if not asked:
         return []
     context = -(-sum(len(e.prompt_ids) for e in examples) // max(len(examples), 1))
-    importance = None
+    facts = None
     if profile is not None:
         from kvplan.calibrate.profile import Profile
         from kvplan.errors import ProfileError
@@ -273,8 +273,8 @@ def _baselines(asked: Sequence[Baseline], spec: ModelSpec, examples: Sequence[Ex
             raise ProfileError(
                 f"{profile}: made for another model ({measured.spec.fingerprint}; this one is {spec.fingerprint})"
             )
-        importance = measured.importance
-    return [Candidate(name=one.name, source=one.name, policy=one.policy(spec, context, importance)) for one in asked]
+        facts = measured.facts
+    return [Candidate(name=one.name, source=one.name, policy=one.policy(spec, context, facts)) for one in asked]
 
 
 def _own_examples(tokenizer: Any, spec: ModelSpec, max_prompts: int | None) -> tuple[list[Example], list[str]]:

@@ -103,7 +103,9 @@ class Compiler:
         budget.check(self.methods[name] for name in self.names)
         self.budget = budget
         self.precisions = _undominated(rounding, budget)
-        self._importance = profile.importance
+        self._facts = profile.facts
+        plannable = [self._facts[i] for i in budget.layers]
+        self.allocators = [name for name in allocators.names() if allocators[name].usable(plannable)]
         if groups is None or isinstance(groups, int):
             curves = [self._curves[name] for name in self.names]
             groups = natural_groups(curves, budget.layers, self.mean_share * BASIS_POINTS, groups)
@@ -137,8 +139,8 @@ class Compiler:
         if params.split == KNAPSACK:
             base = [float(self._knapsack(owners)[i].units) for i in owners]
         else:
-            importance = [self._importance[i] for i in owners]
-            base = allocators[params.split]().split(importance, min(budget.total / plain, 1.0))
+            facts = [self._facts[i] for i in owners]
+            base = allocators[params.split]().split(facts, min(budget.total / plain, 1.0))
         raw = [b * params.scales[self._group_of[i]] for b, i in zip(base, owners, strict=True)]
         floor = [budget.floor(i, e) for i, e in zip(owners, chosen, strict=True)]
         cap = [budget.cap(i, e) for i, e in zip(owners, chosen, strict=True)]

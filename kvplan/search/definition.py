@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.errors import ProfileError, StudyError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import Target
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class MeasuredProfile:
     """What a search reads of a profile, without the sums that make profiles large."""
 
-    importance: list[float]
+    facts: list[LayerFacts]
     sensitivity: dict[str, dict[int, list[float]]]
     codec_sensitivity: dict[str, list[float]]
     pair_distances: list[tuple[int, int, float]]
@@ -44,7 +45,7 @@ class MeasuredProfile:
         except ProfileError:  # no prompt was long enough to measure them
             pairs = []
         return cls(
-            importance=list(profile.importance),
+            facts=list(profile.facts),
             sensitivity=profile.sensitivity,
             codec_sensitivity=profile.codec_sensitivity,
             pair_distances=pairs,
@@ -55,7 +56,7 @@ class MeasuredProfile:
 
     @property
     def spec(self) -> Any:
-        return SimpleNamespace(num_layers=len(self.importance))
+        return SimpleNamespace(num_layers=len(self.facts))
 
     @property
     def statistics(self) -> Any:
@@ -68,7 +69,8 @@ class MeasuredProfile:
             for name, by_share in data["sensitivity"].items()
         }
         pairs = [(int(i), int(j), float(x)) for i, j, x in data["pair_distances"]]
-        return cls(**{**data, "sensitivity": curves, "pair_distances": pairs})
+        facts = [LayerFacts.from_json(one) for one in data["facts"]]
+        return cls(**{**data, "facts": facts, "sensitivity": curves, "pair_distances": pairs})
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Definition:
             "context": compiler.budget.context_tokens,
             "protection": [self.protection.sink_tokens, self.protection.recent_tokens, self.protection.min_slots],
             "prompts": list(self.search_prompts),
-            "profile": _digest([self.profile.sensitivity, self.profile.importance]),
+            "profile": _digest([self.profile.sensitivity, [asdict(facts) for facts in self.profile.facts]]),
             "space": space.describe(),
             "objective": self.objective.describe(),
             "sampler": self.sampler,

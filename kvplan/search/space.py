@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from kvplan.methods.channels.think import ThinK
 from kvplan.methods.evictors import evictors
 from kvplan.methods.params import Choice, IntRange, search_ranges
-from kvplan.search.allocators import allocators
 from kvplan.search.budget import Budget
 from kvplan.search.compile import KNAPSACK, PROFILE, Compiler, Params
 from kvplan.search.decisions import Decisions
@@ -46,7 +45,7 @@ class SearchSpace:
 
     def __init__(self, compiler: Compiler, decisions: Decisions = Decisions()) -> None:
         self._compiler, self.decisions = compiler, decisions
-        self.splits = [*allocators.names(), KNAPSACK] if "budget" in decisions else ["uniform"]
+        self.splits = [*compiler.allocators, KNAPSACK] if "budget" in decisions else ["uniform"]
         best = compiler.best_evictor()
         encoded = [joined(best, precision) for precision in compiler.precisions]
         self.evictors = [*compiler.names, *encoded, PROFILE] if len(compiler.methods) > 1 else compiler.names

@@ -6,10 +6,10 @@ from tiny_models import EXTRA, example, examples, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvplan.calibrate import collect as collecting
-from kvplan.calibrate.attention_shape import attention_shape, sampled_rows
+from kvplan.calibrate.attention_shape import attention_shape, head_cosine, sampled_rows
 from kvplan.calibrate.collect import collect
 from kvplan.calibrate.residual import decoder_layers
-from kvplan.calibrate.statistics import MASS_LEVELS, MOMENT_NAMES
+from kvplan.calibrate.statistics import MASS_LEVELS, MOMENT_NAMES, NORM_LEVELS, PREFIX_LEVELS
 from kvplan.errors import DataError, ModelError
 
 
@@ -24,7 +24,7 @@ def test_results_do_not_depend_on_batching_and_padding(family):
     assert alone.sharing_prompts == together.sharing_prompts == 2
     for a, b in zip(alone.layers, together.layers, strict=True):
         for name in MOMENT_NAMES:
-            tolerance = 1e-3 if name == "effective_tokens" else 1e-5  # a count may flip at a tie
+            tolerance = 1e-3 if name.endswith("_tokens") else 1e-5  # a count may flip at a tie
             np.testing.assert_allclose(getattr(a, name).mean, getattr(b, name).mean, atol=tolerance, rtol=tolerance)
         np.testing.assert_allclose(a.key_sum, b.key_sum, atol=1e-5, rtol=1e-4)
         np.testing.assert_allclose(a.value_sum, b.value_sum, atol=1e-5, rtol=1e-4)
@@ -125,6 +125,13 @@ def test_attention_shape_equals_dense_eager_attention(family):
             for h in range(Hkv)
         ]
         expected["effective_tokens"] = torch.tensor(np.mean(counts, -1))
+        norms = mean[:, rows].sort(-1, descending=True).values.square().cumsum(-1).sqrt().mean(0)  # [R', n]
+        expected["norm_tokens"] = torch.stack([
+            (norms < level * norms[:, -1:]).sum(-1).add(1).double().mean() for level in NORM_LEVELS
+        ])  # fmt: skip
+        received = probs.mean(0).sum(0)  # every query is sampled
+        received = (received / received.sum()).sort(descending=True).values.cumsum(0)
+        expected["prefix_tokens"] = torch.stack([(received < level).sum() + 1.0 for level in PREFIX_LEVELS])
         for name, value in expected.items():
             np.testing.assert_allclose(getattr(layer, name).mean, value, atol=2e-5, err_msg=name)
 
@@ -137,6 +144,30 @@ def test_query_heads_that_agree_have_cosine_one():
     shape = attention_shape(q, key, None, rows, torch.full((1, 12), 1 / 12), torch.ones(1, 12).bool(), scaling=1.0)
     assert shape["head_agreement"].item() == pytest.approx(1.0, abs=1e-6)
     assert shape["sink_mass"].item() + shape["recent_mass"].item() >= 1.0  # 12 tokens are all recent
+
+
+def test_spread_queries_stand_for_all_the_others():
+    n = 1000
+    torch.manual_seed(0)
+    q, key = torch.zeros(1, 1, n, 8), torch.zeros(1, 1, n, 8)
+    rows = torch.tensor([sampled_rows(n)])
+    weights = torch.full(rows.shape, 1 / rows.shape[1])
+    shape = attention_shape(q, key, None, rows, weights, torch.ones(1, n).bool(), scaling=1.0)
+    # Even attention of all queries: token j receives the sum of 1 / (i + 1) over i >= j.
+    received = np.cumsum((1 / np.arange(1, n + 1))[::-1])[::-1] / n
+    exact = np.searchsorted(np.cumsum(received), PREFIX_LEVELS) + 1
+    np.testing.assert_allclose(shape["prefix_tokens"][0], exact, atol=n / 16)
+
+
+def test_a_head_that_looks_at_itself_changes_nothing_and_an_even_one_much():
+    torch.manual_seed(0)
+    value = torch.randn(1, 2, 400, 64)
+    counted = torch.ones(1, 400, dtype=torch.bool)
+    itself = value.repeat_interleave(2, 1).transpose(1, 2)
+    np.testing.assert_allclose(head_cosine(value, itself, counted), 1.0, atol=1e-5)
+    even = (value.cumsum(2) / torch.arange(1, 401)[:, None]).repeat_interleave(2, 1).transpose(1, 2)
+    behind = torch.arange(400)[None] >= 200
+    assert head_cosine(value, even, behind).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("n", [1, 5, 32, 33, 47, 48, 49, 1000])

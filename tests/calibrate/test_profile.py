@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from kvplan.calibrate.collect import collect
 from kvplan.calibrate.profile import Profile, merge
 from kvplan.calibrate.sensitivity import measure
-from kvplan.calibrate.statistics import MOMENT_NAMES, Moments, token_l2
+from kvplan.calibrate.statistics import LATER_NAMES, MOMENT_NAMES, Moments, token_l2
 from kvplan.cli.profile import app
 from kvplan.errors import ProfileError
 from kvplan.model_spec import LayerSpec, ModelSpec
@@ -115,6 +115,34 @@ def test_file_holds_everything(whole, tmp_path):
     with pytest.raises(ProfileError, match="no prompt has 64 tokens"):
         _ = loaded.pair_distances
     json.dumps(loaded.summary(), allow_nan=False)
+
+
+def without_later(data):
+    for layer in data["layers"]:
+        for name in LATER_NAMES:
+            del layer[name]
+    for key in ("prefix_levels", "norm_levels"):
+        del data["settings"][key]
+
+
+def test_a_profile_of_an_earlier_build_loads_without_what_it_lacks(whole, shards, tmp_path):
+    early = Profile.from_json(edited(whole, without_later))
+    assert {facts.head_change for facts in early.facts} == {None}
+    assert [f.mass_curve for f in early.facts] == [f.mass_curve for f in whole.facts]
+    early.save(tmp_path / "early.json")
+    assert Profile.load(tmp_path / "early.json").to_json() == early.to_json()
+    assert "norm_tokens" not in early.summary()["layers"][0]
+    with pytest.raises(ProfileError, match="settings differ: norm_levels is None"):
+        merge(Profile.from_json(edited(shards[0], without_later)), shards[1])
+
+
+def test_facts_are_shares_of_the_prompts(whole):
+    for facts, layer in zip(whole.facts, whole.statistics.layers, strict=True):
+        assert facts.head_change == pytest.approx(1 - layer.head_cosine.mean.mean())
+        for curve in (facts.mass_curve, facts.prefix_curve, facts.norm_curve):
+            levels, shares = zip(*curve, strict=True)
+            assert list(levels) == sorted(levels) and list(shares) == sorted(shares)
+            assert shares[0] > 0 and shares[-1] <= 1
 
 
 def edited(profile, change):

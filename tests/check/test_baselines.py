@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.calibrate.precision import CODECS
 from kvplan.check.baselines import Baseline
 from kvplan.errors import MethodError, ProfileError, TargetError
@@ -12,7 +13,16 @@ from kvplan.policy.schema import Target
 from kvplan.search.allocators import allocators
 
 SPEC = ModelSpec(layers=(LayerSpec(2, 32, 32),) * 6, query_heads=4, dtype="bfloat16")
-IMPORTANCE = [0.1, 0.9, 0.8, 0.2, 0.7, 0.6]
+FACTS = [
+    LayerFacts(
+        importance=x,
+        head_change=x,
+        mass_curve=((0.5, x / 4), (0.9, x)),
+        prefix_curve=((0.5, x / 4), (0.9, x)),
+        norm_curve=((0.5, x / 4), (0.9, x)),
+    )
+    for x in (0.1, 0.9, 0.8, 0.2, 0.7, 0.6)
+]
 CONTEXT = 1000
 BUDGETED = [name for name in evictors if evictors[name]().forgets_after is None]
 
@@ -20,7 +30,7 @@ BUDGETED = [name for name in evictors if evictors[name]().forgets_after is None]
 @pytest.mark.parametrize("allocator", allocators.names())
 @pytest.mark.parametrize("evictor", BUDGETED)
 def test_every_baseline_holds_its_share_of_the_bytes(allocator: str, evictor: str) -> None:
-    policy = Baseline.parse(f"{allocator}:{evictor}@40%").policy(SPEC, CONTEXT, IMPORTANCE)
+    policy = Baseline.parse(f"{allocator}:{evictor}@40%").policy(SPEC, CONTEXT, FACTS)
     assert 0.38 < plan(policy, SPEC, [CONTEXT]).ratio <= 0.4
     assert policy.target == Target(share=4000)
     assert all(layer.evictor.name == evictor for layer in policy.layers if not layer.slots.is_full)
@@ -52,10 +62,18 @@ def test_a_codec_that_fits_whole_holds_less_than_the_share() -> None:
 
 def test_squeeze_gives_the_least_important_layers_less_and_needs_a_profile() -> None:
     made = Baseline.parse("squeeze:snapkv@40%")
-    shares = [layer.slots.share or 0 for layer in made.policy(SPEC, CONTEXT, IMPORTANCE).layers]
+    shares = [layer.slots.share or 0 for layer in made.policy(SPEC, CONTEXT, FACTS).layers]
     assert max(shares[0], shares[3]) < min(shares[1], shares[2], shares[4], shares[5])
     with pytest.raises(ProfileError, match="squeeze splits by the layers' importance; give the --profile"):
         made.policy(SPEC, CONTEXT)
+
+
+def test_a_profile_of_an_earlier_build_may_lack_what_an_allocator_splits_by() -> None:
+    early = [LayerFacts(importance=facts.importance) for facts in FACTS]
+    with pytest.raises(
+        ProfileError, match="'dbudget:snapkv@40%': the profile lacks what dbudget splits by; .*calibrate"
+    ):
+        Baseline.parse("dbudget:snapkv@40%").policy(SPEC, CONTEXT, early)
 
 
 def test_a_name_is_written_in_one_way() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.calibrate.precision import CODECS, Precision
 from kvplan.methods.codecs import Codec
 from kvplan.model_spec import LayerSpec, ModelSpec
@@ -45,6 +46,10 @@ class FakeProfile:
     codecs: tuple[str, ...] = ()
 
     @property
+    def facts(self) -> list[LayerFacts]:
+        return [facts_of(x) for x in self.importance]
+
+    @property
     def statistics(self) -> Any:
         return SimpleNamespace(num_tokens=10 * self.mean_tokens, num_prompts=10)
 
@@ -59,6 +64,22 @@ class FakeProfile:
             label: [precision_kl(i, Precision.parse(label)) for i in range(self.spec.num_layers)]
             for label in self.codecs
         }
+
+
+def facts_of(importance: float) -> LayerFacts:
+    """A layer that is in all respects as important as told: its attention is spread the wider."""
+    spread = importance / (1 + importance)  # 0 to 1
+
+    def curve(*levels: float) -> tuple[tuple[float, float], ...]:
+        return tuple((level, max(0.001, level ** (1 + 4 * (1 - spread)))) for level in levels)
+
+    return LayerFacts(
+        importance=importance,
+        head_change=importance,
+        mass_curve=curve(0.5, 0.8, 0.9, 0.99),
+        prefix_curve=curve(0.1, 0.5, 0.9),
+        norm_curve=curve(0.5, 0.9, 0.99),
+    )
 
 
 def precision_kl(layer: int, precision: Precision) -> float:

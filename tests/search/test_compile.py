@@ -9,6 +9,7 @@ from kvplan.errors import ProfileError, TargetError
 from kvplan.policy.memory import plan
 from kvplan.policy.rules import check_model, check_policy
 from kvplan.policy.schema import Policy, Target
+from kvplan.search.allocators import allocators
 from kvplan.search.budget import Budget, Protection
 from kvplan.search.compile import Compiler, Params
 from kvplan.search.decisions import KINDS, Decisions
@@ -160,9 +161,9 @@ def test_warm_starts_are_distinct_points_within_the_ranges() -> None:
     space = SearchSpace(compiler)
     starts = space.warm_starts()
     assert len({start.label for start in starts}) == len({start.params for start in starts}) == len(starts)
-    assert {"uniform h2o", "uniform snapkv", "uniform streaming", "squeeze h2o", "pyramid h2o", "knapsack"} <= {
-        start.label for start in starts
-    }
+    recipes = {f"{split} h2o" for split in allocators} | {"uniform snapkv", "uniform streaming"}
+    assert recipes == {start.label for start in starts if start.is_recipe}
+    assert "knapsack" in {start.label for start in starts}
     for start in starts:
         assert all(0.25 <= x <= 4 for x in start.params.scales)
         assert space.params(space.flat(start.params)) == start.params

@@ -23,9 +23,10 @@ from kvplan.search.study import search
 from kvplan.stats import PromptScores
 
 SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
+TRIALS, SEARCHED = 17, 3  # all warm starts, and those that the sampler chooses
 
 
-def run(score: FakeScore, trials: int = 13, **options: Any) -> SearchResult:
+def run(score: FakeScore, trials: int = TRIALS, **options: Any) -> SearchResult:
     profile = options.pop("profile", FakeProfile())
     target = options.pop("target", Target(share=4000))
     return search(
@@ -44,7 +45,7 @@ def plain() -> tuple[SearchResult, FakeScore]:
 def test_every_warm_start_is_tried(plain: tuple[SearchResult, FakeScore]) -> None:
     labels = [row.label for row in plain[0].trials]
     assert {"knapsack", "uniform streaming", "squeeze h2o", "pyramid h2o", "tilt 3 profile"} <= set(labels)
-    assert len(labels) == 13 and labels.count("search") == 3
+    assert len(labels) == TRIALS and labels.count("search") == SEARCHED
 
 
 def test_the_winner_is_no_worse_than_any_trial_or_recipe(plain: tuple[SearchResult, FakeScore]) -> None:
@@ -121,11 +122,11 @@ def test_a_killed_search_resumes_and_counts_as_an_unbroken_one(tmp_path: Path) -
             run(FakeScore(fail_at=fail_at), storage=journal)
     score = FakeScore()
     result = run(score, storage=journal)
-    assert len(result.trials) == 13
+    assert len(result.trials) == TRIALS
     assert result.resumed >= 7
-    assert len([1 for _, asked in score.calls if asked == SEARCH]) <= 13 - result.resumed
+    assert len([1 for _, asked in score.calls if asked == SEARCH]) <= TRIALS - result.resumed
     labels = [row.label for row in result.trials if row.label != "search"]
-    assert len(set(labels)) == len(labels) == 10
+    assert len(set(labels)) == len(labels) == TRIALS - SEARCHED
     rerun = FakeScore()
     assert run(rerun, storage=journal).policy.layers == result.policy.layers
     assert all(asked == CONFIRM for _, asked in rerun.calls)

@@ -22,6 +22,7 @@ from kvplan.search.study import search
 from kvplan.search.worker import Worked, work
 
 SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
+WARM_STARTS = 14
 PROCESS = [sys.executable, str(Path(__file__).parent / "fake_process.py")]
 
 
@@ -48,16 +49,16 @@ def join(path: Path, score: FakeScore, **options: Any) -> Worked:
 def test_a_worker_finishes_what_a_search_began_and_the_search_confirms(tmp_path: Path) -> None:
     path, score = tmp_path / "study", FakeScore()
     with pytest.raises(KeyboardInterrupt):
-        run(path, FakeScore(fail_at=5), trials=14)
+        run(path, FakeScore(fail_at=5), trials=18)
     seen: list[int] = []
     worked = join(path, score, on_trial=lambda row, best, done: seen.append(done))
-    assert worked == Worked(own=10, done=14, total=14)
-    assert seen[-1] == 14 and all(asked == SEARCH for _, asked in score.calls)
+    assert worked == Worked(own=14, done=18, total=18)
+    assert seen[-1] == 18 and all(asked == SEARCH for _, asked in score.calls)
     again = FakeScore()
-    result = run(path, again, trials=14)
+    result = run(path, again, trials=18)
     assert [asked for _, asked in again.calls] == [CONFIRM] * len(result.finalists)
     labels = [row.label for row in result.trials if row.label != "search"]
-    assert len(result.trials) == 14 and len(set(labels)) == len(labels) == 10
+    assert len(result.trials) == 18 and len(set(labels)) == len(labels) == WARM_STARTS
 
 
 def test_a_finished_study_has_nothing_for_a_worker(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def start(role: str, path: Path, *options: str) -> subprocess.Popen[str]:
 def test_processes_share_a_file_and_one_killed_loses_only_its_trial(tmp_path: Path) -> None:
     path, log = tmp_path / "study", tmp_path / "log"
     options = ("--seconds", "0.2", "--log", str(log))
-    first = start("search", path, "--trials", "16", *options)
+    first = start("search", path, "--trials", "20", *options)
     deadline = time.monotonic() + 60
     while not log.exists():  # the study is there, and a trial runs
         assert time.monotonic() < deadline and first.poll() is None
@@ -163,9 +164,9 @@ def test_processes_share_a_file_and_one_killed_loses_only_its_trial(tmp_path: Pa
     found = json.loads(told)
     worked = json.loads(other.communicate(timeout=60)[0])
     victim.communicate()
-    assert worked["done"] == worked["total"] == 16 == len(found["rows"])
+    assert worked["done"] == worked["total"] == 20 == len(found["rows"])
     labels = [label for _, label in found["rows"] if label != "search"]
-    assert len(set(labels)) == len(labels) == 10
+    assert len(set(labels)) == len(labels) == WARM_STARTS
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     searched = [policy for _, policy, prompts in lines if prompts == len(SEARCH)]
     assert len(searched) <= 16 + 1 + 2  # the killed trial twice; two processes may draw a policy at the same moment

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.errors import MethodError
 from kvplan.search.allocators.base import Allocator, allocators
 
@@ -23,14 +25,16 @@ class Pyramid(Allocator):
         MethodError: `beta` is below 1.
     """
 
+    title: ClassVar[str] = "PyramidKV"
+
     beta: int = 20
 
     def __post_init__(self) -> None:
         if self.beta < 1:
             raise MethodError(f"pyramid.beta is {self.beta}; it must be at least 1")
 
-    def split(self, importance: Sequence[float], mean_share: float) -> list[float]:
-        L = len(importance)
+    def split(self, layers: Sequence[LayerFacts], mean_share: float) -> list[float]:
+        L = len(layers)
         if L == 1:
             return [mean_share]
         last = mean_share / self.beta

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.calibrate.groups import cluster_1d
 from kvplan.errors import MethodError
 from kvplan.search.allocators.base import Allocator, allocators
@@ -25,7 +27,8 @@ class Squeeze(Allocator):
         MethodError: `squeezed_part` is not between 0 and 1.
     """
 
-    needs_importance = True
+    title: ClassVar[str] = "SqueezeAttention"
+    reads: ClassVar[str] = "importance"
 
     squeezed_part: float = 0.38
 
@@ -33,7 +36,8 @@ class Squeeze(Allocator):
         if not 0 < self.squeezed_part <= 1:
             raise MethodError(f"squeeze.squeezed_part is {self.squeezed_part}; it must be above 0 and at most 1")
 
-    def split(self, importance: Sequence[float], mean_share: float) -> list[float]:
+    def split(self, layers: Sequence[LayerFacts], mean_share: float) -> list[float]:
+        importance = [facts.importance for facts in layers]
         L = len(importance)
         if len(set(importance)) < 2:
             return [mean_share] * L

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from kvplan.calibrate.facts import LayerFacts
 from kvplan.search.allocators.base import Allocator, allocators
 
 
@@ -13,5 +15,7 @@ from kvplan.search.allocators.base import Allocator, allocators
 class Uniform(Allocator):
     """The same share for every layer: what all others are measured by."""
 
-    def split(self, importance: Sequence[float], mean_share: float) -> list[float]:
-        return [mean_share] * len(importance)
+    title: ClassVar[str] = "uniform"
+
+    def split(self, layers: Sequence[LayerFacts], mean_share: float) -> list[float]:
+        return [mean_share] * len(layers)
