@@ -63,23 +63,23 @@ def ring_visibility(rows: list[RowState], num_old: int, num_new: int, device: to
     return ((birth[:, None] <= steps) & (steps < death[:, None]))[:, None]
 
 
-@lru_cache(maxsize=256)
-def ring_successions(state: RowState, num_old: int, num_new: int) -> tuple[tuple[int, list[int]] | None, ...]:
-    """What is overwritten after each new token: its column, and those of what is overwritten after it, in that order.
+@lru_cache(maxsize=64)
+def ring_successions(state: RowState, num_old: int, num_new: int, device: torch.device) -> Tensor:
+    """What is overwritten after each new token, next and then, in columns: the old slots, then the new tokens.
 
-    Columns are the old slots, then the new tokens. None while the row has room.
+    Returns:
+        [T, ring] int64; of the first steps none, where the row has room: [fewer, ring]. Not to be written to.
     """
     occupants = list(range(state.held))
-    found: list[tuple[int, list[int]] | None] = []
+    found = []
     for step in range(num_new):
         slot = ring_slot(state, step)
         occupants[slot : slot + 1] = [num_old + step]
-        if state.capacity is None or len(occupants) < state.capacity:
-            found.append(None)
-            continue
-        victim = ring_slot(state, step + 1)
-        found.append((occupants[victim], occupants[victim + 1 :] + occupants[state.sinks : victim]))
-    return tuple(found)
+        if len(occupants) == state.capacity:
+            victim = ring_slot(state, step + 1)
+            found.append(occupants[victim:] + occupants[state.sinks : victim])
+    with torch.inference_mode(False):
+        return torch.tensor(found, dtype=torch.int64, device=device)
 
 
 def score_scan(

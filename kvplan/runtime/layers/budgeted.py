@@ -391,26 +391,26 @@ class BudgetedLayer(PolicyLayer):
         assert self.merger is not None
         probs = attend_parts(q, (part,), args, True)[1]
         assert probs is not None and part.mask is not None
-        T, values = q.shape[2], _dense(part.values)
+        B, T, values = len(states), q.shape[2], _dense(part.values)
         alike = [(state, [i for i, s in enumerate(states) if s == state]) for state in dict.fromkeys(states)]
+        coming = [(rows, ring_successions(state, width, T, values.device)) for state, rows in alike]
         outputs, seen = [], []
         for t in range(T):
             weights = probs[:, :, :, t]  # [B, Hkv, G, S]
             outputs.append(weights.to(q.dtype) @ values)
             if self._lends:
                 lent = replace(part.values, codes={"x": values.clone()})
-                seen.append(
-                    Seen(0, len(states), t, t + 1, (replace(part, values=lent, mask=part.mask[:, :, t : t + 1]),))
-                )
-            for state, found in alike:
-                next_out = ring_successions(state, width, T)[t]
-                if next_out is None:
-                    continue
-                rows = slice(None) if len(found) == len(states) else found
-                victim = torch.full((len(found),), next_out[0], device=values.device)
-                followers = torch.tensor(next_out[1], device=values.device).expand(len(found), -1)
-                mean = weights[rows].mean(2).float()
-                values[rows] = self.merger.merge_step(values[rows], mean, victim, followers)
+                seen.append(Seen(0, B, t, t + 1, (replace(part, values=lent, mask=part.mask[:, :, t : t + 1]),)))
+            mean = weights.mean(2).float()
+            for rows, order in coming:
+                step = t - (T - len(order))
+                if step < 0:
+                    continue  # there is room
+                victim, followers = order[step, :1].expand(len(rows)), order[step, 1:].expand(len(rows), -1)
+                if len(rows) == B:
+                    values = self.merger.merge_step(values, mean, victim, followers)
+                else:
+                    values[rows] = self.merger.merge_step(values[rows], mean[rows], victim, followers)
         return torch.stack(outputs, 1).flatten(2, 3), seen, values
 
     def _columns_of(self, keys: Tensor, values: Tensor, first_position: Tensor | None) -> dict[str, Tensor]:
