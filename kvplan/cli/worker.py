@@ -44,8 +44,8 @@ def command(
     Start as many workers as there are devices; one that is killed loses only its trial. The search confirms the best
     policies and writes the winner.
     """
-    from kvplan import __version__
     from kvplan.cli.console import note, stages
+    from kvplan.cli.study_inputs import load_inputs
     from kvplan.search.shared import SharedStudy
     from kvplan.search.storage import open_storage
     from kvplan.units import parse_bytes
@@ -53,37 +53,13 @@ def command(
     replay_bytes = None if replay_memory is None else parse_bytes(replay_memory)
     with open_storage(storage, note, create=False) as opened:
         shared = SharedStudy.join(opened, study)
-        from kvplan.search.worker import HINTS, work
+        inputs = load_inputs(shared, model, data, device, trust_remote_code)
 
-        # Says at once what cannot be, before the model is loaded.
-        shared.refuse_other({"kvplan": __version__}, HINTS)
-
-        from kvplan.calibrate.prompts import data_fingerprint, load_examples
         from kvplan.check.scoring import Scorer
-        from kvplan.demo.data import calib_data_path
-        from kvplan.loading import load_model
+        from kvplan.search.worker import work
 
-        inputs = shared.definition.inputs
-        dtype = shared.identity["dtype"]
-        network, tokenizer, spec = load_model(
-            model or inputs["model"], dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        known = {"kvplan": __version__, "dtype": spec.dtype, "model": spec.fingerprint}
-        shared.refuse_other(known, HINTS)
-        examples = load_examples(
-            data or inputs["data"] or [calib_data_path("search")],
-            tokenizer,
-            max_prompts=inputs["max_prompts"],
-            max_tokens=inputs["max_tokens"],
-            context_limit=spec.max_context_tokens,
-            column=inputs["column"],
-            split=inputs["split"],
-            seed=shared.definition.seed,
-        )
-        examples = [example for example in examples if example.continuation_ids]
-        known["data"] = data_fingerprint(examples)
-        shared.refuse_other(known, HINTS)
-        scorer = Scorer(network, spec, examples, replay_memory=replay_bytes)
+        examples = inputs.examples
+        scorer = Scorer(inputs.network, inputs.spec, examples, replay_memory=replay_bytes)
         note(f"joined study '{shared.name}' ({opened.where})")
         with stages() as report:
 
@@ -98,9 +74,9 @@ def command(
 
             worked = work(
                 shared,
-                spec,
+                inputs.spec,
                 scorer.score,
-                identity=known,
+                identity=inputs.known,
                 tasks=[example.task for example in examples],
                 timeout=timeout,
                 on_trial=on_trial,

@@ -41,6 +41,7 @@ class Params:
         shared_layers: How many layers read another layer's cache.
         split_heads: Whether slots go to the KV heads that need them, where the layer's method can do that.
         dropped_channels: Share of the key channels that is not stored, 0 to 1, likewise.
+        share: Basis points of the full cache, in a search over several; None: the target's.
         tuned: (evictor, parameter, value) of each parameter that is not at its default.
     """
 
@@ -50,6 +51,7 @@ class Params:
     shared_layers: int = 0
     split_heads: bool = False
     dropped_channels: float = 0.0
+    share: int | None = None
     tuned: tuple[tuple[str, str, Any], ...] = ()
 
 

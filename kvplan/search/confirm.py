@@ -67,6 +67,8 @@ class SearchResult:
         trials: All trials, in order, those of resumed runs included.
         recipe: The best recipe from the literature, confirmed too; None when none was scored.
         gain: KL of the recipe minus the winner's, paired by prompt: above 0 the search was worth it.
+        front: Of a search over several memory targets: the finalists that no other one beats in bytes and rank, the
+            fewest bytes first; else the winner alone.
         bytes: What the policy holds at one prompt of `context_tokens`.
         context_tokens: Prompt length of `bytes`.
         goal: What made the winner the best.
@@ -80,6 +82,7 @@ class SearchResult:
     trials: tuple[TrialRow, ...]
     recipe: Finalist | None
     gain: Interval | None
+    front: tuple[Finalist, ...]
     bytes: BytesPlan
     context_tokens: int
     goal: str = Objective().goal
@@ -134,10 +137,21 @@ def confirm(
         trials=tuple(row for row in rows if row.scores is not None),
         recipe=recipe,
         gain=gain,
+        front=_front(entries, lambda policy: plan(policy, spec, [context_tokens]).total),
         bytes=plan(winner.trial.policy, spec, [context_tokens]),
         context_tokens=context_tokens,
         goal=judge.objective.goal,
     )
+
+
+def _front(finalists: Sequence[Finalist], held: Callable[[Policy], int]) -> tuple[Finalist, ...]:
+    if all(finalist.trial.params.share is None for finalist in finalists):
+        return tuple(finalists[:1])
+    kept: list[Finalist] = []
+    for finalist in sorted(finalists, key=lambda f: (held(f.trial.policy), f.rank)):
+        if not kept or finalist.rank < kept[-1].rank:
+            kept.append(finalist)
+    return tuple(kept)
 
 
 def hold_out(tasks: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -153,12 +167,13 @@ def hold_out(tasks: Sequence[str]) -> tuple[list[int], list[int]]:
 
 def finalists(rows: Sequence[TrialRow], recipes: Sequence[str]) -> list[TrialRow]:
     """The best distinct policies, and the best recipe whatever its rank."""
-    if len(rows) == 1:
-        return list(rows)
+    if all(row.scores is None for row in rows):
+        return list({row.policy.layers: row for row in reversed(rows)}.values())[::-1]
     ranked = sorted((row for row in rows if row.is_valid), key=lambda row: (row.rank, row.number))
     distinct = list({row.policy.layers: row for row in reversed(ranked)}.values())[::-1]
     best_recipe = [row for row in ranked if row.label in recipes][:1]
-    first = distinct[:FINALISTS]
+    first = list({row.params.share: row for row in reversed(distinct)}.values())[::-1]  # the best at each target
+    first += [row for row in distinct if row not in first][: max(0, FINALISTS - len(first))]
     held = {row.policy.layers: k for k, row in enumerate(first)}
     for row in best_recipe:
         if row.policy.layers in held:

@@ -90,6 +90,7 @@ class Definition:
         search_prompts: Indices of the prompts that trials are scored on.
         seed: Of the sampler.
         stale_after: Seconds without a sign of life after which a trial is tried again.
+        shares: Memory targets in basis points of a search over several, the target's own the last; else empty.
         inputs: How the search was told to load model and prompts; not the search's business.
     """
 
@@ -105,13 +106,19 @@ class Definition:
     search_prompts: tuple[int, ...]
     seed: int
     stale_after: float
+    shares: tuple[int, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_objectives(self) -> int:
+        """The loss, and with several memory targets the bytes."""
+        return 2 if self.shares else 1
 
     def space(self, spec: ModelSpec) -> tuple[Compiler, SearchSpace]:
         """Raises: TargetError, ProfileError: as `Compiler`."""
         profile: Any = self.profile
         budget = budget_for(profile, spec, self.target, self.protection)
-        return space_for(profile, budget, self.decisions, self.evictors, self.groups, self.codecs)
+        return space_for(profile, budget, self.decisions, self.evictors, self.groups, self.codecs, self.shares)
 
     def identity(self, spec: ModelSpec, compiler: Compiler, space: SearchSpace) -> dict[str, Any]:
         """What makes two studies the same one, as far as the search knows: seed and patience do not count."""
@@ -148,6 +155,7 @@ class Definition:
                 search_prompts=tuple(data["search_prompts"]),
                 seed=data["seed"],
                 stale_after=data["stale_after"],
+                shares=tuple(data["shares"]),
                 inputs=data["inputs"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

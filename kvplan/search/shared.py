@@ -55,7 +55,10 @@ class SharedStudy:
         if not storage.is_server and names:
             name = names[0]
         name = name or study_name(identity)
-        study = optuna.create_study(storage=storage.backend, study_name=name, load_if_exists=True)
+        directions = [optuna.study.StudyDirection.MINIMIZE] * definition.num_objectives
+        study = optuna.create_study(
+            storage=storage.backend, study_name=name, load_if_exists=True, directions=directions
+        )
         attrs = study.user_attrs
         if IDENTITY not in attrs:
             # Before anybody can join: all at once, they would each queue the warm starts, and void all but one of each.

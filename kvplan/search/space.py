@@ -13,8 +13,10 @@ from kvplan.methods.params import Choice, IntRange, search_ranges
 from kvplan.search.budget import Budget
 from kvplan.search.compile import KNAPSACK, PROFILE, Compiler, Params
 from kvplan.search.decisions import Decisions
+from kvplan.search.front import FrontCompiler
 from kvplan.search.layer_groups import Groups
 from kvplan.search.method import joined
+from kvplan.units import format_share
 
 if TYPE_CHECKING:
     import optuna
@@ -41,10 +43,11 @@ class SearchSpace:
     Args:
         compiler: Knows the groups, the evictors and how many layers can share.
         decisions: What is searched; the rest stays as a uniform policy has it.
+        shares: The memory targets in basis points, ascending, when there are several: one more dimension.
     """
 
-    def __init__(self, compiler: Compiler, decisions: Decisions = Decisions()) -> None:
-        self._compiler, self.decisions = compiler, decisions
+    def __init__(self, compiler: Compiler, decisions: Decisions = Decisions(), shares: Sequence[int] = ()) -> None:
+        self._compiler, self.decisions, self.shares = compiler, decisions, tuple(shares)
         self.splits = [*compiler.allocators, KNAPSACK] if "budget" in decisions else ["uniform"]
         best = compiler.best_evictor()
         encoded = [joined(best, precision) for precision in compiler.precisions]
@@ -71,6 +74,7 @@ class SearchSpace:
             dropped_channels=trial.suggest_categorical("dropped_channels", [0.0, *self.channels])
             if self.channels
             else 0.0,
+            share=self.shares[trial.suggest_int("mem", 0, len(self.shares) - 1)] if self.shares else None,
             tuned=tuple((e, field, _suggest(trial, e, field, choices)) for (e, field), choices in self.tunable.items()),
         )
 
@@ -88,6 +92,8 @@ class SearchSpace:
             flat["split_heads"] = params.split_heads
         if self.channels:
             flat["dropped_channels"] = params.dropped_channels
+        if params.share is not None:
+            flat["mem"] = self.shares.index(params.share)
         return flat | {f"{evictor}.{field}": value for evictor, field, value in params.tuned}
 
     def params(self, flat: dict[str, Any]) -> Params:
@@ -99,6 +105,7 @@ class SearchSpace:
             shared_layers=flat.get("shared_layers", 0),
             split_heads=flat.get("split_heads", False),
             dropped_channels=flat.get("dropped_channels", 0.0),
+            share=self.shares[flat["mem"]] if self.shares else None,
             tuned=tuple((e, field, flat[f"{e}.{field}"]) for e, field in self.tunable),
         )
 
@@ -111,7 +118,7 @@ class SearchSpace:
             "max_shared": self.max_shared,
             "decisions": list(self.decisions.kinds),
             "params": [f"{evictor}.{field}" for evictor, field in self.tunable],
-        }
+        } | ({"shares": list(self.shares)} if self.shares else {})
 
     def warm_starts(self) -> list[WarmStart]:
         """Best guesses first, in case there are fewer trials than warm starts."""
@@ -120,7 +127,7 @@ class SearchSpace:
         alike = [joined(best, p) for p in self._compiler.precisions if p.keys == p.values]
         knapsack = self._start("knapsack", KNAPSACK, any_evictor)
         starts = [
-            *([knapsack] if KNAPSACK in self.splits else []),
+            *(self.solved() if KNAPSACK in self.splits else []),
             *(self._start(f"uniform {name}", "uniform", name, is_recipe=True) for name in self._compiler.names),
             *(
                 self._start(f"{split} {best}", split, best, is_recipe=True)
@@ -137,6 +144,15 @@ class SearchSpace:
         if len(self.group_names) > 1:
             starts += [self._start(f"tilt {x:g} {any_evictor}", "uniform", any_evictor, tilt=x) for x in (1.5, 3.0)]
         return starts + self._variants(knapsack)
+
+    def solved(self) -> list[WarmStart]:
+        """The knapsack's answer for each memory target, the largest first."""
+        start = self._start("knapsack", KNAPSACK, self.evictors[-1])
+        smaller = [
+            WarmStart(f"knapsack {format_share(share)}", replace(start.params, share=share), is_recipe=False)
+            for share in self.shares[-2::-1]
+        ]
+        return [start, *smaller]
 
     def _variants(self, start: WarmStart) -> list[WarmStart]:
         """The start with each of the rarer decisions alone."""
@@ -158,7 +174,8 @@ class SearchSpace:
         G = len(self.group_names)
         scales = tuple(tilt ** (g / (G - 1) - 0.5) if G > 1 else 1.0 for g in range(G))
         defaults = tuple((e, field, getattr(evictors[e](), field)) for e, field in self.tunable)
-        params = Params(split=split, scales=scales, evictors=(evictor,) * G, tuned=defaults)
+        share = self.shares[-1] if self.shares else None
+        params = Params(split=split, scales=scales, evictors=(evictor,) * G, share=share, tuned=defaults)
         return WarmStart(label, params, is_recipe)
 
 
@@ -169,6 +186,7 @@ def space_for(
     names: Sequence[str] = (),
     groups: Groups = None,
     codecs: Sequence[str] | None = None,
+    shares: Sequence[int] = (),
 ) -> tuple[Compiler, SearchSpace]:
     """The compiler and the space of what is to be decided.
 
@@ -178,8 +196,11 @@ def space_for(
     stored = codecs if "codec" in decisions else ["dense"]
     compiler = Compiler(profile, budget, names, groups, codecs=stored)
     if "evictor" not in decisions:
-        compiler = Compiler(profile, budget, [compiler.best_evictor()], groups, codecs=stored)
-    return compiler, SearchSpace(compiler, decisions)
+        names = [compiler.best_evictor()]
+        compiler = Compiler(profile, budget, names, groups, codecs=stored)
+    if shares:
+        compiler = FrontCompiler(profile, budget, names, groups, stored, shares)
+    return compiler, SearchSpace(compiler, decisions, shares)
 
 
 def _tunable(names: Sequence[str]) -> dict[tuple[str, str], IntRange | Choice]:

@@ -17,6 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from kvplan.errors import StudyError
 from kvplan.model_spec import ModelSpec
+from kvplan.policy.memory import plan
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.budget import Protection
 from kvplan.search.claims import LABEL, SCORES, Ledger, is_given_up
@@ -66,6 +67,7 @@ def search(
     decisions: Decisions | None = None,
     judge: Judge = Judge(),
     sampler: str = "auto",
+    shares: Sequence[int] = (),
     protection: Protection = Protection(),
     identity: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -102,6 +104,8 @@ def search(
         decisions: What is searched; by default what so many trials can explore.
         judge: The objective, and the tasks of the prompts when it has floors.
         sampler: Name in `samplers.NAMES`.
+        shares: Memory targets in basis points, ascending, the target's own the last: search them all at once, for the
+            best loss at each.
         protection: What every layer keeps.
         identity: What else decides a score, for example the fingerprint of the prompts.
         provenance: Goes into the policies.
@@ -125,16 +129,20 @@ def search(
         search_prompts=tuple(search_prompts),
         seed=seed,
         stale_after=stale_after,
+        shares=tuple(shares),
         inputs=dict(inputs or {}),
     )
     run = TrialRun(definition, spec, score, judge, dict(provenance or {}))
     compiler, context = run.compiler, run.compiler.budget.context_tokens
     starts = run.space.warm_starts()
     if trials == 0:
-        policy = compiler.compile(starts[0].params, run.provenance)
-        row = TrialRow(0, starts[0].label, starts[0].params, policy, None)
+        solved = run.space.solved() if shares else starts[:1]
+        rows = [
+            TrialRow(number, start.label, start.params, compiler.compile(start.params, run.provenance), None)
+            for number, start in enumerate(solved)
+        ]
         prepare(confirm_prompts)
-        result = confirm([row], [], score, confirm_prompts, context, seed, spec, on_confirm, judge)
+        result = confirm(rows, [], score, confirm_prompts, context, seed, spec, on_confirm, judge)
         on_best(result.policy)
         return result
     known = {**(identity or {}), **run.identity}
@@ -183,6 +191,7 @@ class TrialRun:
         self.starts = {start.label: self.space.flat(start.params) for start in self.space.warm_starts()}
         self.identity = definition.identity(spec, self.compiler, self.space)
         self.score, self.prompts = score, list(definition.search_prompts)
+        self._spec, self._is_front = spec, bool(definition.shares)
         self.provenance, self.judge = provenance, judge
         self.rows: list[TrialRow] = []
         self.best: TrialRow | None = None
@@ -255,7 +264,7 @@ class TrialRun:
                 scores = self._scored.get(policy.layers) or self.score(policy, self.prompts)
                 if math.isfinite(scores.mean_kl):
                     self._scored[policy.layers] = scores
-                self._tell(shared.study, trial, scores)
+                self._tell(shared.study, trial, policy, scores)
                 self.num_own += 1
         except UpdateFinishedTrialError:
             return  # taken for dead: it is queued again, and its score is known here
@@ -263,14 +272,15 @@ class TrialRun:
             shared.release(trial)
             raise
 
-    def _tell(self, study: optuna.Study, trial: optuna.Trial, scores: PromptScores) -> None:
+    def _tell(self, study: optuna.Study, trial: optuna.Trial, policy: Policy, scores: PromptScores) -> None:
         """Raises: UpdateFinishedTrialError: another process has ended the trial."""
         trial.set_user_attr(SCORES, _pack(scores))
         for task, below in self.judge.shortfalls(scores, self.prompts).items():
             trial.set_constraint(f"floor.{task}", below)
         rank = self.judge.rank(scores, self.prompts)
         if all(map(math.isfinite, rank)):
-            study.tell(trial, rank[1], skip_if_finished=True)
+            held = plan(policy, self._spec, [self.compiler.budget.context_tokens]).ratio
+            study.tell(trial, [rank[1], held] if self._is_front else rank[1], skip_if_finished=True)
         else:
             study.tell(trial, state=FAIL, skip_if_finished=True)
 
@@ -289,7 +299,8 @@ def _sampler(shared: SharedStudy, ledger: Ledger) -> optuna.samplers.BaseSampler
     """One that does not draw again what another process draws at the same time."""
     who = f"/{Owner.here()}" if ledger.running else ""
     definition = shared.definition
-    return make_sampler(definition.sampler, shared.total, definition.seed, f"{len(ledger.trials)}{who}")
+    started = f"{len(ledger.trials)}{who}"
+    return make_sampler(definition.sampler, shared.total, definition.seed, started, definition.num_objectives)
 
 
 def _fate(trial: optuna.trial.FrozenTrial, ledger: Ledger) -> str:
