@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,12 @@ import typer
 from kvplan.cli.console import MAX_SEED, MAX_TOKENS
 
 if TYPE_CHECKING:
+    from kvplan.check.results import Cost
+    from kvplan.model_spec import ModelSpec
     from kvplan.policy.schema import Target
+    from kvplan.search.confirm import SearchResult
+
+COST_TOKENS, COST_ROUNDS = 24, 3
 
 
 def command(
@@ -93,6 +98,19 @@ def command(
             help="A task's smallest share of right answers, like fact=0.95; may be repeated.", show_default=False
         ),
     ] = None,
+    pareto: Annotated[
+        bool,
+        typer.Option(
+            "--pareto", help="Search all smaller memory targets too; keep the best plan at each beside the policy."
+        ),
+    ] = False,
+    from_study: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer from this finished study (its file or URL) without new trials, for another --mem.",
+            show_default=False,
+        ),
+    ] = None,
     sampler: Annotated[str, typer.Option(help="auto, gp, tpe or random.")] = "auto",
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
     recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
@@ -111,11 +129,15 @@ def command(
 ) -> None:
     """Search the best policy under a memory target, and keep the best so far on disk."""
     from kvplan.errors import DataError, ProfileError
-    from kvplan.files import check_writable
+    from kvplan.files import check_writable, write_text
     from kvplan.units import parse_bytes
 
     target = parse_target(mem, context, batch)
     replay_bytes = None if replay_memory is None else parse_bytes(replay_memory)
+    if from_study is not None:
+        from kvplan.cli.answer import answer_from
+
+        return answer_from(from_study, study, target, output, model, data, device, trust_remote_code, as_json)
     check_writable(output, [profile, storage, *(data or [])])
     address = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
 
@@ -137,7 +159,13 @@ def command(
     # Says at once what cannot be, before the model is loaded.
     planned = budget_for(measured, measured.spec, target, protection)
     together = parse_groups(groups, planned.layers)
-    space_for(measured, planned, chosen, evictors, together, codec)
+
+    def compiled(at: Target, shares: Sequence[int] = ()) -> object:
+        return space_for(measured, budget_for(measured, measured.spec, at, protection), chosen, evictors, together,
+                         codec, shares)  # fmt: skip
+
+    compiled(target)
+    shares = front_shares(target, compiled) if pareto else ()
 
     import json
 
@@ -150,6 +178,7 @@ def command(
     from kvplan.policy.memory import plan
     from kvplan.policy.schema import Policy
     from kvplan.policy.serialize import save_policy
+    from kvplan.report.front import front_data, front_table
     from kvplan.report.policy import picture
     from kvplan.report.search import as_data, live_table, summary, trial_line
     from kvplan.search.confirm import TrialRow, hold_out
@@ -233,6 +262,7 @@ def command(
                 decisions=chosen,
                 judge=Judge(goal, tasks),
                 sampler=sampler,
+                shares=shares,
                 protection=protection,
                 identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
                 inputs={
@@ -259,12 +289,55 @@ def command(
         note(f"{result.resumed} trials are from earlier runs ({where(address)})")
     if result.by_others:
         note(f"trials run by other processes: {result.by_others}")
+    found: dict[str, object] = as_data(result)
+    if pareto:
+        costs = front_costs(network, spec, examples[confirm_prompts[0]].prompt_ids, result)
+        front = front_data(result, spec, costs, seed)
+        write_text(front_path(output), json.dumps(front, indent=1, allow_nan=False) + "\n")
+        found["front"] = front["points"]
     if as_json:
-        typer.echo(json.dumps(as_data(result), indent=2, allow_nan=False))
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
     else:
         out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
         out.print(summary(result), soft_wrap=True)
+        if pareto:
+            out.print(front_table(result, spec, costs), soft_wrap=True)
+    if pareto:
+        note(f"wrote {front_path(output)}: {len(result.front)} plans, none beaten in both bytes and KL")
     note(f"wrote {output}; next: kvplan run --policy {output}")
+
+
+def front_path(output: Path) -> Path:
+    """Where --pareto keeps its front: beside the policy."""
+    return output.with_name(f"{output.stem}.front.json")
+
+
+def front_shares(target: Target, compiled: Callable[[Target], object]) -> tuple[int, ...]:
+    """The memory targets of --pareto.
+
+    Raises:
+        TargetError: the target is no share.
+    """
+    from kvplan.errors import TargetError
+    from kvplan.search.front import feasible_shares
+
+    if target.share is None:
+        raise TargetError("--pareto needs a target in percent, like --mem 80%")
+    return feasible_shares(target.share, compiled)
+
+
+def front_costs(network: object, spec: ModelSpec, prompt: Sequence[int], result: SearchResult) -> dict[int, Cost]:
+    """Decode speed of the front's plans, measured side by side on one prompt; by trial."""
+    from kvplan.check.cost import costs
+    from kvplan.cli.console import progress
+
+    policies = {str(f.trial.number): f.trial.policy for f in result.front}
+    steps = len(policies) + (len(policies) + 1) * (COST_ROUNDS + 1)
+    room = (spec.max_context_tokens or MAX_TOKENS) - len(prompt)
+    tokens = max(0, min(COST_TOKENS, room))
+    with progress("timing the front", steps) as advance:
+        found = costs(network, spec, policies, prompt, new_tokens=tokens, repeats=COST_ROUNDS, progress=advance)
+    return {int(number): cost for number, cost in found.items()}
 
 
 def parse_target(mem: str, context: int | None, batch: int | None) -> Target:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from kvplan.search.answer import Answer
 from kvplan.search.compile import Params
 from kvplan.search.confirm import SEARCHED, Finalist, SearchResult, TrialRow
 from kvplan.stats import bootstrap
@@ -49,6 +50,21 @@ def summary(result: SearchResult) -> Text:
             f"\nnote: {result.num_failed} of {len(result.trials)} trials scored nan and were not used", "yellow"
         )
     return text
+
+
+def distance(found: Answer) -> str:
+    """How far off an answer without trials may be."""
+    kl = found.result.winner.kl
+    if found.roomier is None or found.gap is None:
+        told = f"No plan of the study holds more bytes, so a search of its own could gain up to the whole KL, {kl:.4f}."
+    else:
+        gap = found.gap
+        told = (
+            f"Not searched at this target: a search of its own could gain at most {max(gap.mean, 0.0):.4f} "
+            f"[{gap.low:.4f}, {gap.high:.4f}] in KL, which is what the study's best plan with more bytes "
+            f"({name(found.roomier.trial)}, KL {found.roomier.kl:.4f}) is better by."
+        )
+    return textwrap.fill(told, WIDTH, subsequent_indent="  ")
 
 
 def trial_line(row: TrialRow, held: float, is_best: bool) -> str:

@@ -1,0 +1,79 @@
+"""`kvplan search --from-study`: another memory target, without new trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from kvplan.policy.schema import Target
+
+
+def answer_from(
+    address: str,
+    name: str | None,
+    target: Target,
+    output: Path,
+    model: str | None,
+    data: list[str] | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Load what the study was created with, choose a policy for the target, write it, and say how far off it may be."""
+    import json
+
+    from kvplan.cli.console import note, out, stages
+    from kvplan.cli.study_inputs import load_inputs
+    from kvplan.files import check_writable
+    from kvplan.policy.serialize import save_policy
+    from kvplan.report.policy import picture
+    from kvplan.report.search import as_data, distance, summary
+    from kvplan.search.shared import SharedStudy
+    from kvplan.search.storage import open_storage
+
+    check_writable(output, [address, *(data or [])])
+    with open_storage(address, note, create=False) as opened:
+        shared = SharedStudy.join(opened, name)
+        inputs = load_inputs(shared, model, data, device, trust_remote_code)
+
+        from kvplan import __version__
+        from kvplan.check.scoring import Scorer
+        from kvplan.search.answer import answer
+        from kvplan.search.confirm import hold_out
+
+        tasks = [example.task for example in inputs.examples]
+        confirm_prompts = hold_out(tasks)[1]
+        scorer = Scorer(inputs.network, inputs.spec, inputs.examples)
+        with stages() as report:
+            scorer.prepare(confirm_prompts, lambda done, total: report("prefilling prompts", done, total))
+            found = answer(
+                shared,
+                inputs.spec,
+                target,
+                scorer.score,
+                confirm_prompts,
+                tasks=tasks,
+                seed=shared.definition.seed,
+                on_confirm=lambda done, total: report("confirming", done, total),
+                provenance={
+                    "kvplan": __version__,
+                    "profile": shared.definition.profile.data_fingerprint,
+                    "data": inputs.known["data"],
+                    "study": shared.name,
+                    "model": model or shared.definition.inputs["model"] or "bundled",
+                },
+            )
+    result = found.result
+    save_policy(result.policy, output)
+    if as_json:
+        gap = found.gap
+        told = None if gap is None else [gap.mean, gap.low, gap.high]
+        typer.echo(json.dumps({**as_data(result), "at_most_off_by": told}, indent=2, allow_nan=False))
+    else:
+        out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
+        out.print(summary(result), soft_wrap=True)
+        out.print(distance(found), soft_wrap=True)
+    note(f"wrote {output}; next: kvplan run --policy {output}")

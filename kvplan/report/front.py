@@ -1,0 +1,70 @@
+"""A front: the best plan at each memory, as a table and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from kvplan.check.results import Cost
+from kvplan.model_spec import ModelSpec
+from kvplan.policy.memory import plan
+from kvplan.policy.serialize import dump_policy
+from kvplan.report.search import name
+from kvplan.report.tables import number_table
+from kvplan.search.confirm import Finalist, SearchResult, state
+from kvplan.units import format_share
+
+FORMAT = 1
+
+
+def front_table(result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost]) -> Table:
+    """The fewest bytes first, on the confirmation prompts."""
+    rows = []
+    for finalist in result.front:
+        held = plan(finalist.trial.policy, spec, [result.context_tokens])
+        span, task = finalist.interval, finalist.scores.mean_task
+        cost = costs.get(finalist.trial.number)
+        speed = "-" if cost is None or cost.speedup is None else f"{cost.speedup[0]:.2f} x"
+        rows.append(
+            [
+                name(finalist.trial),
+                f"{held.ratio:.1%}",
+                f"{finalist.kl:.4f}",
+                f"[{span.low:.4f}, {span.high:.4f}]",
+                "-" if task is None else f"{task:.1%}",
+                speed,
+            ]
+        )
+    headers = ("plan", "of full", "KL", "95 %", "exact", "decode")
+    return number_table(headers, rows, f"the front, at a prompt of {result.context_tokens} tokens")
+
+
+def front_data(result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost], seed: int) -> dict[str, Any]:
+    """For the front's file: every plan whole, with its scores."""
+    return {
+        "kvplan_front": FORMAT,
+        "model": dict(spec.policy_block()),
+        "prompt_tokens": result.context_tokens,
+        "points": [_point(finalist, result.context_tokens, spec, costs, seed) for finalist in result.front],
+    }
+
+
+def _point(finalist: Finalist, context: int, spec: ModelSpec, costs: Mapping[int, Cost], seed: int) -> dict[str, Any]:
+    policy = state(finalist.trial.policy, finalist, context, seed, spec)
+    held, cost = plan(policy, spec, [context]), costs.get(finalist.trial.number)
+    return {
+        "target": format_share(finalist.trial.params.share or 0),
+        "trial": finalist.trial.number,
+        "label": name(finalist.trial),
+        "bytes": held.total,
+        "full_bytes": held.full,
+        "kl": finalist.kl,
+        "kl_95": [finalist.interval.low, finalist.interval.high],
+        "top1": finalist.scores.mean_top1,
+        "task": finalist.scores.mean_task,
+        "tokens_per_second": None if cost is None else cost.tokens_per_second,
+        "speedup": None if cost is None else cost.speedup,
+        "policy": dump_policy(policy),
+    }
