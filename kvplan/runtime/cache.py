@@ -59,9 +59,10 @@ class _Thread(threading.local):
 HANDOFF = _Thread()
 
 
-def build_layer(policy: Policy, spec: ModelSpec, index: int) -> PolicyLayer:
-    """The cache layer that carries out one layer policy."""
+def build_layer(policy: Policy, spec: ModelSpec, index: int, *, with_positions: bool = False) -> PolicyLayer:
+    """The cache layer that carries out one layer policy; with every slot's position where that is asked for."""
     layer, shape = policy.layers[index], spec.layers[index]
+    with_positions = with_positions or policy.chunked
     if layer.shares is not None:
         return SharedLayer(layer, shape)
     inner = StagedLayer if layer.stored_whole[1] else BudgetedLayer
@@ -69,8 +70,8 @@ def build_layer(policy: Policy, spec: ModelSpec, index: int) -> PolicyLayer:
         if layer.evictor.forgets_after is not None:
             return PerHeadLayer(layer, shape, ElasticLayer)
         if layer.slots.heads or layer.head_split is not None:
-            return PerHeadLayer(layer, shape, inner, policy.chunked)
-    return inner(layer, shape, policy.chunked)
+            return PerHeadLayer(layer, shape, inner, with_positions)
+    return inner(layer, shape, with_positions)
 
 
 class PolicyCache(Cache):

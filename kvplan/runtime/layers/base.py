@@ -131,6 +131,14 @@ class PolicyLayer(CacheLayerMixin):
         """Tokens held of a row; a mean over the KV heads, rounded up, where they differ."""
 
     @abstractmethod
+    def held_positions(self, row: int) -> list[Tensor]:
+        """Positions of the tokens that a row holds, one ascending [n] int64 per KV head; empty where it shares.
+
+        Raises:
+            RuntimeLimitError: the layer does not store them; see `runtime.held`.
+        """
+
+    @abstractmethod
     def select_rows(self, indices: Sequence[int]) -> None:
         """Keep the given rows, in that order (beam search, repeats)."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvplan.errors import RuntimeLimitError
 from kvplan.methods.evictors import Step, evictors
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.layout import Layout, evicts, layout, side_heads
@@ -113,6 +114,21 @@ class BudgetedLayer(PolicyLayer):
     def held(self, row: int) -> int:
         capacity = self.capacities[row]
         return self.seen(row) if capacity is None else min(self.seen(row), capacity)
+
+    def held_positions(self, row: int) -> list[Tensor]:
+        if self.pool is None:
+            return []
+        return self._by_head([self._stored_positions(self.pool, row)[:, : self.held(row)]])
+
+    def _stored_positions(self, pool: Pool, row: int) -> Tensor:
+        """[H, slots] of a row."""
+        if "positions" not in pool.buffers:
+            raise RuntimeLimitError("this layer stores no positions; ask a cache made by runtime.held")
+        return pool.row(row).positions[0].long()
+
+    def _by_head(self, parts: list[Tensor]) -> list[Tensor]:
+        """[H, n] of each part of a row -> [n] of each KV head."""
+        return list(torch.cat(parts, -1).sort(-1).values.expand(self.spec.kv_heads, -1).unbind())
 
     def _states(self) -> list[RowState]:
         """Where each row stands; rows with equal prompts stand alike."""

@@ -39,6 +39,11 @@ class ElasticLayer(BudgetedLayer):
     def held(self, row: int) -> int:
         return 0 if self.pool is None else int((self.pool.row(row).positions >= 0).sum())
 
+    def held_positions(self, row: int) -> list[Tensor]:
+        assert self.pool is not None
+        stored = self._stored_positions(self.pool, row)
+        return self._by_head([stored[:, stored[0] >= 0]])
+
     @property
     def _horizon(self) -> int:
         assert self.evictor.forgets_after is not None

@@ -68,6 +68,10 @@ class PerHeadLayer(PolicyLayer):
         """Tokens held by each KV head of a row."""
         return [self.inner.held(row * self.heads_as_rows + h) for h in range(self.heads_as_rows)]
 
+    def held_positions(self, row: int) -> list[Tensor]:
+        first = row * self.heads_as_rows
+        return [self.inner.held_positions(first + h)[0] for h in range(self.heads_as_rows)]
+
     def select_rows(self, indices: Sequence[int]) -> None:
         H = self.heads_as_rows
         flat = [i * H + h for i in indices for h in range(H)]

@@ -67,6 +67,14 @@ class StagedLayer(BudgetedLayer):
         state = self._row(row)
         return state.body + state.pushed - state.flushed
 
+    def held_positions(self, row: int) -> list[Tensor]:
+        if self.pool is None or self.recent is None:
+            return []
+        state = self._row(row)
+        ring = [k % self.recent_slots for k in range(state.flushed, state.pushed)]
+        body = self._stored_positions(self.pool, row)[:, : state.body]
+        return self._by_head([body, self._stored_positions(self.recent, row)[:, ring]])
+
     @property
     def storage(self) -> tuple[Pool, ...]:
         return tuple(pool for pool in (self.pool, self.recent) if pool is not None)
