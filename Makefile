@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-search bench-compiled bench-gpu bench-plans bench-scale-out \
-	policies test test-service test-matrix lint format format-check types imports \
+	policies test test-service test-browser test-matrix lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -36,6 +36,7 @@ help:
 	@echo 'make install   kvplan in .venv'
 	@echo 'make test      the tests'
 	@echo 'make test-service   studies on a PostgreSQL server, which the tests bring and start'
+	@echo 'make test-browser   the report in Chromium; needs chromium and chromedriver'
 	@echo 'make test-matrix TRANSFORMERS=5.17.0 TORCH=2.13.0   the runtime, policy and method tests under other versions'
 	@echo 'make check     every gate: format, lint, types, imports, tests'
 	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
@@ -107,6 +108,10 @@ test: $(DEV)
 # Studies on a PostgreSQL server that the tests start on the loopback interface: pip's, or the one that is installed.
 test-service: $(SERVICE)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m service -rs tests/service $(PYTEST_ARGS)
+
+# These are in `make test` too, where they are skipped when there is no Chromium; here that is a failure.
+test-browser: $(DEV)
+	KVPLAN_NEEDS_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 # The other constraints stay, except what transformers itself pins, so that little else differs.
 test-matrix:

@@ -18,7 +18,7 @@ from kvplan.files import read_text, write_text
 
 FORMAT_VERSION = 1
 FULL_CACHE = "full cache"
-_FORMAT_KEY = "kvplan_results"
+RESULTS_KEY = "kvplan_results"
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -191,7 +191,7 @@ class Results:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return {_FORMAT_KEY: FORMAT_VERSION, **asdict(self)}
+        return {RESULTS_KEY: FORMAT_VERSION, **asdict(self)}
 
 
 _ADAPTER = TypeAdapter(Results)
@@ -232,9 +232,9 @@ def load_results(path: str | Path) -> Results:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: not JSON ({error})") from error
-    version = data.pop(_FORMAT_KEY, None) if isinstance(data, dict) else None
+    version = data.pop(RESULTS_KEY, None) if isinstance(data, dict) else None
     if version is None:
-        raise ResultsError(f"{path}: not a results file (no '{_FORMAT_KEY}' in it); kvplan eval writes one")
+        raise ResultsError(f"{path}: not a results file (no '{RESULTS_KEY}' in it); kvplan eval writes one")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise NotComparableError(
             f"{path}: results of format {version!r}, this kvplan reads format {FORMAT_VERSION}; "

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvplan import __version__
-from kvplan.cli import bench, calibrate, config, doctor, eval, methods, policy, profile, run, search, worker
+from kvplan.cli import bench, calibrate, config, doctor, eval, methods, policy, profile, report, run, search, worker
 from kvplan.cli.console import set_quiet, set_verbose
 from kvplan.cli.exits import run_app
 
@@ -53,6 +53,7 @@ for name, module in {
     "run": run,
     "eval": eval,
     "bench": bench,
+    "report": report,
     "methods": methods,
     "doctor": doctor,
 }.items():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-LABEL, SCORES = "label", "scores"
+LABEL, SCORES, SHARE = "label", "scores", "share"
 _VOID, _RETRY_OF, _RETRIES = "void", "retry_of", "retries"
 MAX_RETRIES = 2  # a policy that kills its process (out of memory) would else do so for ever
 

@@ -20,7 +20,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.budget import Protection
-from kvplan.search.claims import LABEL, SCORES, Ledger, is_given_up
+from kvplan.search.claims import LABEL, SCORES, SHARE, Ledger, is_given_up
 from kvplan.search.compile import Params
 from kvplan.search.confirm import SEARCHED, Score, SearchResult, TrialRow, confirm, state
 from kvplan.search.decisions import Decisions
@@ -274,12 +274,13 @@ class TrialRun:
 
     def _tell(self, study: optuna.Study, trial: optuna.Trial, policy: Policy, scores: PromptScores) -> None:
         """Raises: UpdateFinishedTrialError: another process has ended the trial."""
+        held = plan(policy, self._spec, [self.compiler.budget.context_tokens]).ratio
+        trial.set_user_attr(SHARE, held)
         trial.set_user_attr(SCORES, _pack(scores))
         for task, below in self.judge.shortfalls(scores, self.prompts).items():
             trial.set_constraint(f"floor.{task}", below)
         rank = self.judge.rank(scores, self.prompts)
         if all(map(math.isfinite, rank)):
-            held = plan(policy, self._spec, [self.compiler.budget.context_tokens]).ratio
             study.tell(trial, [rank[1], held] if self._is_front else rank[1], skip_if_finished=True)
         else:
             study.tell(trial, state=FAIL, skip_if_finished=True)
