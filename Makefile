@@ -111,7 +111,7 @@ test-service: $(SERVICE)
 
 # These are in `make test` too, where they are skipped when there is no Chromium; here that is a failure.
 test-browser: $(DEV)
-	KVPLAN_NEEDS_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
+	NEEDS_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser $(PYTEST_ARGS)
 
 # The other constraints stay, except what transformers itself pins, so that little else differs.
 test-matrix:

@@ -1,6 +1,6 @@
 """The report in a real browser: nothing cut off, nothing on top of anything, no complaint, with and without scripts.
 
-`KVPLAN_SCREENSHOTS=folder` keeps the screenshots; look at them.
+`SCREENSHOTS=folder` keeps the screenshots; look at them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvplan.report.html import render
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(bool(MISSING) and not os.environ.get("KVPLAN_NEEDS_BROWSER"), reason=MISSING),
+    pytest.mark.skipif(bool(MISSING) and not os.environ.get("NEEDS_BROWSER"), reason=MISSING),
 ]
 LAYOUT = (Path(__file__).parent / "layout.js").read_text(encoding="utf-8")
 WIDTHS = (1280, 800, 400)
@@ -48,7 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def shoot(tab: Browser, name: str) -> None:
-    if folder := os.environ.get("KVPLAN_SCREENSHOTS"):
+    if folder := os.environ.get("SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tab.screenshot(Path(folder) / f"{name}.png")
 
@@ -137,7 +137,7 @@ def test_it_prints_its_pictures_and_not_its_controls(tab: Browser, pages: dict[s
     assert tab.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     printed = tab.pdf()
     assert printed.startswith(b"%PDF")
-    if folder := os.environ.get("KVPLAN_SCREENSHOTS"):
+    if folder := os.environ.get("SCREENSHOTS"):
         (Path(folder) / "usual.pdf").write_bytes(printed)
 
 
