@@ -84,3 +84,15 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
         read_study(other)
     with pytest.raises(StudyError, match="cannot read"):
         read_study(tmp_path / "none")
+
+
+def test_a_front_over_targets_is_read_with_the_share_of_each_trial(tmp_path: Path) -> None:
+    path, profile = tmp_path / "x.journal", FakeProfile()
+    search(
+        profile, profile.spec, Target(share=5000), FakeScore(), search_prompts=range(8), confirm_prompts=range(8, 12),
+        trials=30, storage=path, shares=(1000, 2500, 5000),
+    )  # fmt: skip
+    record = read_study(path)
+    least, most = record.shares
+    assert least < 0.2 < 0.45 < most <= 0.5
+    assert sum(record.importance.values()) == pytest.approx(1.0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class History:
     trials: tuple[TrialRecord, ...]
+    shares: tuple[float, float]
 
     @property
     def valid(self) -> list[TrialRecord]:
@@ -44,7 +45,9 @@ class HistoryPlot(Plot[History]):
 
     def data(self, inputs: Inputs) -> History | None:
         study = inputs.study
-        return History(study.trials) if study is not None and any(t.is_valid for t in study.trials) else None
+        return (
+            History(study.trials, study.shares) if study is not None and any(t.is_valid for t in study.trials) else None
+        )
 
     def told(self, data: History) -> str:
         best, sampled = data.best, data.best_by_sampler
@@ -52,10 +55,16 @@ class HistoryPlot(Plot[History]):
         more = f"; the sampler's own best is {sampled.mean_kl:.2g}" if sampled and best.is_warm_start else ""
         failed = len(data.trials) - len(data.valid)
         lost = f" {failed} trials gave no score and are not drawn." if failed else ""
+        least, most = data.shares
+        sizes = (
+            f" Trials hold {least:.0%} to {most:.0%} of the full cache's bytes, and those of less memory are higher."
+            if most > least + 0.01
+            else ""
+        )
         return (
             f"Of {len(data.trials)} trials, number {best.number} is best on the search prompts with a KL of "
             f"{best.mean_kl:.2g} nats ({by}){more}. The winner is chosen later, on prompts that no trial has "
-            f"seen.{lost}"
+            f"seen.{sizes}{lost}"
         )
 
     def table(self, data: History) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvplan.check.results import FULL_CACHE, Results
@@ -147,12 +147,22 @@ def _numbers(provenance: Mapping[str, Any]) -> tuple[float, Interval] | None:
 
 
 def _of_study(study: StudyRecord | None) -> list[Point]:
-    """The warm starts, which are the recipes of the literature and the profile's own suggestions."""
-    trials = () if study is None else study.trials
+    """The warm starts (recipes from papers, the profile's own guesses), and what the sampler found beyond them."""
+    if study is None:
+        return []
+    points = {
+        t.number: Point(t.label if t.is_warm_start else f"trial {t.number}", t.share, bootstrap(t.kl), found=False)
+        for t in study.trials
+        if t.is_valid and t.share is not None
+    }
+    best = front(list(points.values()))
+    # Of policies that did the same, the first stands for all.
+    first = {(p.share, p.kl.mean): n for n, p in reversed(points.items())}
+    warm = {t.number for t in study.trials if t.is_warm_start}
     return [
-        Point(t.label, t.share, bootstrap(t.kl), found=False)
-        for t in trials
-        if t.is_warm_start and t.is_valid and t.share is not None
+        replace(p, found=n not in warm)
+        for n, p in points.items()
+        if n in warm or (p in best and first[p.share, p.kl.mean] == n)
     ]
 
 
