@@ -20,9 +20,11 @@ import torch
 from models import CPU, quarter, small_llama
 from torch import Tensor
 
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.prompts import Example, load_examples
 from kvplan.check.scoring import Scorer
 from kvplan.check.timing import Spread, in_turn, ratio, seconds
+from kvplan.demo.data import calib_data_path
+from kvplan.loading import load_model
 from kvplan.methods.channels.think import ThinK
 from kvplan.methods.codecs.int8 import Int8
 from kvplan.methods.codecs.kivi import KIVI
@@ -67,7 +69,7 @@ def cases(model: Any) -> dict[str, Case]:
 def sharing(policy: Policy, pairs: int) -> Policy:
     """The same with the first pairs shared."""
     layers = list(policy.layers)
-    for reader in PAIRS[:pairs]:
+    for reader in PAIRS[:pairs] if len(layers) > PAIRS[0] else ():
         layers[reader] = LayerPolicy(shares=SHARES[reader])
     return replace(policy, layers=tuple(layers))
 
@@ -124,11 +126,14 @@ def compare(model: Any, examples: list[Example], chosen: dict[str, Case], rounds
             "trial": lambda score=score: seconds(lambda: [score() for _ in range(3)], CPU) / 3,
         }
         times = in_turn(runs, rounds)
-        apart = (kl(model, case.policy, full, examples) - torch.tensor(score().kl, dtype=torch.float64)).abs().max()
+        difference = (
+            (kl(model, case.policy, full, examples) - torch.tensor(score().kl, dtype=torch.float64)).abs().max()
+        )
         told = [Spread.of(times[run]).text(3 if run == "trial" else 2) for run in runs]
         speedup = ratio(times["scratch"], times["trial"])
         print(
-            f"{name:20}  {told[0]:>19}  {told[1]:>19}  {speedup.text(1):>19}  {case.aim:3.0f}  {apart:.0e}", flush=True
+            f"{name:20}  {told[0]:>19}  {told[1]:>19}  {speedup.text(1):>19}  {case.aim:3.0f}  {difference:.0e}",
+            flush=True,
         )
         costs.append(statistics.median(times["scratch"]))
     return statistics.median(costs)
@@ -163,6 +168,24 @@ def study(model: Any, examples: list[Example], scratch: float) -> None:
     )
 
 
+def apart(dtype: str) -> None:
+    """KL of the bundled model by single steps and by replay, prompt by prompt: exact but for the order of sums."""
+    model, tokenizer, spec = load_model(None, dtype=dtype)
+    loaded = load_examples([calib_data_path("search")], tokenizer, context_limit=spec.max_context_tokens)
+    examples = [e for e in loaded if e.continuation_ids][:8:7]
+    scorer = Scorer(model, spec, examples)
+    full = [from_scratch(model, full_policy(model), [e]).log_softmax(-1) for e in examples]
+    print(f"the bundled model in {dtype}: KL by single steps - by replay")
+    for name, case in cases(model).items():
+        policy = replace(case.policy, model={})
+        if "shared" in name:
+            continue  # these are layers of the larger model
+        replayed = scorer.score(policy).kl
+        stepped = [kl(model, policy, f, [e]).item() for f, e in zip(full, examples, strict=True)]
+        told = [f"{a:.5f} - {b:.5f} = {a - b:8.1e}" for a, b in zip(stepped, replayed, strict=True)]
+        print(f"{name:20}  {',   '.join(told)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1, help="prompts, run as one batch")
@@ -170,8 +193,13 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", action="append", help="may be repeated; all by default")
+    parser.add_argument(
+        "--apart", metavar="DTYPE", help="instead: how exact replay is on the bundled model, in a dtype"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.apart:
+        return apart(args.apart)
     model = small_llama()
     found = cases(model)
     if unknown := set(args.case or ()) - set(found):
