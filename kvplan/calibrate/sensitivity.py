@@ -18,7 +18,7 @@ from kvplan.policy.schema import LayerPolicy, Policy, Slots
 from kvplan.stats import PromptScores
 from kvplan.units import BASIS_POINTS
 
-EVICTORS = ("snapkv", "knorm", "h2o", "tova", "streaming")
+EVICTORS = ("snapkv", "knorm", "h2o", "tova", "streaming", "expected", "keydiff")
 SHARES = (1000, 2500, 5000)  # basis points of the prompt that the cut layer keeps
 Score = Callable[[Policy, list[int]], PromptScores]
 

@@ -91,8 +91,10 @@ def command(
     from kvplan.cli.console import note, out, progress, warn
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
+    from kvplan.methods.evictors import Signal
     from kvplan.methods.evictors import evictors as known_evictors
     from kvplan.report.profile import table
+    from kvplan.runtime.rotary import unknown_rotation
 
     evictors = tuple(dict.fromkeys(evictor or EVICTORS))
     for name in evictors:
@@ -100,6 +102,10 @@ def command(
     torch.manual_seed(seed)
     start = time.perf_counter()
     network, tokenizer, spec = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if not evictor and (blind := unknown_rotation(network, spec)):
+        left_out = [name for name in evictors if Signal.ROTATION in known_evictors[name].needs]
+        evictors = tuple(name for name in evictors if name not in left_out)
+        warn(f"how layers {blind} of this model rotate queries is not known: not measured: {', '.join(left_out)}")
     examples = load_examples(
         data or [calib_data_path()],
         tokenizer,

@@ -12,7 +12,6 @@ from pathlib import Path
 from kvplan.calibrate.precision import CODECS, Precision, storable
 from kvplan.calibrate.profile import Profile
 from kvplan.calibrate.prompts import load_examples, read_records
-from kvplan.calibrate.sensitivity import EVICTORS
 from kvplan.check.baselines import Baseline
 from kvplan.check.comparison import Row, compare
 from kvplan.check.scoring import Scorer
@@ -20,10 +19,12 @@ from kvplan.cli.console import err, out, progress
 from kvplan.demo.data import calib_data_path
 from kvplan.files import write_text
 from kvplan.loading import load_model
+from kvplan.methods.evictors import evictors
 from kvplan.policy.schema import FULL, LayerPolicy, Policy
 from kvplan.policy.serialize import load_policy
 from kvplan.report.comparison import markdown, table
 from kvplan.search.allocators import allocators
+from kvplan.search.allocators.knapsack import ranked_evictors
 from kvplan.search.compile import mean_prompt_tokens
 from kvplan.search.method import joined
 from kvplan.units import parse_share
@@ -31,9 +32,8 @@ from kvplan.units import parse_share
 TARGET = "40%"
 HELDOUT_PROMPTS = 90
 # Every one more costs the demo time.
-COMPARED_EVICTORS = (*EVICTORS, "sliding")
-COMPARED_SPLITS = ("uniform", "squeeze", "pyramid")
-LABELS = {name: allocators[name].title for name in COMPARED_SPLITS}
+COMPARED_SPLITS = ("squeeze", "pyramid")
+SPLIT_EVICTORS = 3  # those with the smallest damage in the profile
 
 
 def kvplan(*args: str) -> None:
@@ -51,26 +51,29 @@ def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int 
         [calib_data_path("heldout")], tokenizer, max_prompts=max_prompts, context_limit=spec.max_context_tokens
     )
     policies = {"full cache": Policy(layers=(LayerPolicy(slots=FULL),) * spec.num_layers), "kvplan": policy}
-    baselines = {
-        f"{label} {name}": Baseline(allocator, name, share)
-        for allocator, label in LABELS.items()
-        for name in sorted(COMPARED_EVICTORS)
-    }
+    # An evictor without a fixed budget holds what it likes: it has no policy of the same bytes.
+    budgeted = [name for name in evictors if evictors[name]().forgets_after is None]
+    baselines = {f"uniform {name}": Baseline("uniform", name, share) for name in budgeted}
     baselines |= {
         f"uniform {codec}": Baseline("uniform", joined("streaming", both), share)
         for codec in CODECS
         if storable(both := Precision(codec, codec), spec)
+    }
+    best = ranked_evictors(profile.sensitivity, range(spec.num_layers), share)[:SPLIT_EVICTORS]
+    labels = [allocators[name].title for name in COMPARED_SPLITS]
+    baselines |= {
+        f"{label} {name}": Baseline(allocator, name, share)
+        for allocator, label in zip(COMPARED_SPLITS, labels, strict=True)
+        for name in best
     }
     context = mean_prompt_tokens(profile)
     policies |= {name: made.policy(spec, context, profile.facts) for name, made in baselines.items()}
     with progress("policies on held-out prompts", len(policies)) as advance:
         rows = compare(Scorer(model, spec, examples), policies, "kvplan", progress=lambda name: advance(1, note=name))
     splits = [
-        min((row for row in rows if row.name.startswith(label)), key=lambda row: row.scores.mean_kl)
-        for allocator, label in LABELS.items()
-        if allocator != "uniform"
+        min((row for row in rows if row.name.startswith(label)), key=lambda row: row.scores.mean_kl) for label in labels
     ]
-    # Every uniform policy is shown; the layer splits with the evictor that suits each best.
+    # Every uniform policy is shown; the layer splits with the evictor that suits each best on these prompts.
     return [row for row in rows if row.name in ("full cache", "kvplan") or row.name.startswith("uniform")] + splits
 
 

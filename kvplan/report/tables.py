@@ -12,7 +12,7 @@ def number_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: s
     """The first column to the left, the others to the right."""
     made = Table(title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
     for index, header in enumerate(headers):
-        made.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
+        made.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:
         made.add_row(*row)
     return made

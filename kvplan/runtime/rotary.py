@@ -76,6 +76,11 @@ def find_rotaries(model: Any, spec: ModelSpec) -> Rotaries:
     return known[1]
 
 
+def unknown_rotation(model: Any, spec: ModelSpec) -> str:
+    """The layers whose rotation could not be told, as ranges; empty when all is known."""
+    return layer_ranges(sorted(find_rotaries(model, spec).unknown))
+
+
 def rotaries_for(model: Any, policy: Policy, spec: ModelSpec) -> Rotaries | None:
     """What the policy's evictors must know of the model; None: nothing.
 

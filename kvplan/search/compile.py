@@ -127,7 +127,7 @@ class Compiler:
     def best_evictor(self) -> str:
         """The one with the smallest summed sensitivity at the mean share."""
         curves = {name: self._curves[name] for name in self.names}
-        return knapsack.best_evictor(curves, self.budget.layers, self.mean_share * BASIS_POINTS)
+        return knapsack.ranked_evictors(curves, self.budget.layers, self.mean_share * BASIS_POINTS)[0]
 
     def compile(self, params: Params, provenance: Mapping[str, Any] | None = None) -> Policy:
         """A valid policy whose planned bytes are at most the target's."""

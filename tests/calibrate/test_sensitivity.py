@@ -30,7 +30,7 @@ def test_one_layer_alone_is_cut_and_windows_are_left_whole():
     steps = []
     sums = measure(score, SPEC, 3, precisions=(), progress=lambda done, total: steps.append((done, total)))
     assert seen == [(e, s, i) for e in EVICTORS for s in SHARES for i in (0, 2)]
-    assert steps[-1] == (30, 30) and len(steps) == 30
+    assert steps[-1] == (42, 42) and len(steps) == 42
     moments = sums.moments["h2o"][2500]
     assert moments.count == 3
     assert moments.mean == pytest.approx([0.25, 0.0, 2.25])

@@ -52,9 +52,15 @@ def kl_at(curve: Curve, share: float) -> float:
     return float(np.exp(np.interp(share, shares, np.log(kls))))
 
 
-def best_evictor(curves: Mapping[str, Mapping[int, Sequence[float]]], layers: Sequence[int], share: float) -> str:
-    """The evictor with the smallest summed KL over `layers` when each keeps `share` basis points."""
-    return min(sorted(curves), key=lambda e: sum(kl_at({s: v[i] for s, v in curves[e].items()}, share) for i in layers))
+def ranked_evictors(
+    curves: Mapping[str, Mapping[int, Sequence[float]]], layers: Sequence[int], share: float
+) -> list[str]:
+    """The evictors by their summed KL over `layers` when each keeps `share` basis points, the smallest first."""
+
+    def damage(evictor: str) -> float:
+        return sum(kl_at({s: v[i] for s, v in curves[evictor].items()}, share) for i in layers)
+
+    return sorted(sorted(curves), key=damage)
 
 
 def solve(
