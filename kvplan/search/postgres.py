@@ -13,7 +13,8 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from kvplan.errors import StudyError
 
@@ -21,6 +22,7 @@ DRIVER = "postgresql+psycopg"
 EXAMPLE = "postgresql+psycopg://user@host:5432/database"
 PATIENCE_SECONDS = 600.0
 CONNECT_SECONDS = 10
+CREATIONS = 5  # attempts to create the tables
 
 Say = Callable[[str], None]
 
@@ -84,7 +86,7 @@ def _connect(url: URL) -> PatientStorage:
         "pool_pre_ping": True,
         "connect_args": {"connect_timeout": CONNECT_SECONDS, "application_name": "kvplan"},
     }
-    for last in (False, True):
+    for left in reversed(range(CREATIONS)):
         try:
             return PatientStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
         except (ImportError, NoSuchModuleError) as error:
@@ -94,9 +96,10 @@ def _connect(url: URL) -> PatientStorage:
         except RuntimeError as error:
             raise StudyError(f"{shown(url)}: its tables were made by another version of Optuna") from error
         except DBAPIError as error:
-            # Two processes that create the tables of an empty database at once: the second finds them the next time.
-            if last or _is_lost(error):
+            # Processes that create the tables of an empty database at once: all but one fail, and find them later.
+            if left == 0 or _is_lost(error):
                 raise
+            time.sleep(random.uniform(0.1, 0.5))
     raise AssertionError
 
 
@@ -132,7 +135,7 @@ class PatientStorage(RDBStorage):
         while True:
             try:
                 found = operation()
-            except (StorageInternalError, DBAPIError) as error:
+            except (StorageInternalError, SQLAlchemyError) as error:
                 now = time.monotonic()
                 started = now if started is None else started
                 if not _is_lost(error) or now - started > self.patience:
@@ -190,6 +193,8 @@ def _cause(error: BaseException) -> BaseException:
 def _is_lost(error: BaseException) -> bool:
     """Whether the connection broke or could not be made, as opposed to an operation that the database refused."""
     inner = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(inner, (PendingRollbackError, PoolTimeout)):  # what is left of a connection that broke before
+        return True
     if not isinstance(inner, DBAPIError):
         return False
     state = getattr(inner.orig, "sqlstate", None)

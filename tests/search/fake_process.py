@@ -15,13 +15,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from search_fakes import FakeProfile, FakeScore
 
 from kvplan.policy.schema import Policy, Target
+from kvplan.search.budget import Protection
+from kvplan.search.compile import budget_for
 from kvplan.search.shared import SharedStudy
+from kvplan.search.space import space_for
 from kvplan.search.storage import open_storage
 from kvplan.search.study import search
 from kvplan.search.worker import work
 from kvplan.stats import PromptScores
 
 SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
+
+
+def num_starts(trials: int) -> int:
+    """How many warm starts a study of so many trials tries."""
+    profile = FakeProfile()
+    budget = budget_for(profile, profile.spec, Target(share=4000), Protection())
+    return min(trials, len(space_for(profile, budget)[1].warm_starts()))
 
 
 class SlowScore(FakeScore):

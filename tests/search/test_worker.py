@@ -169,4 +169,4 @@ def test_processes_share_a_file_and_one_killed_loses_only_its_trial(tmp_path: Pa
     assert len(set(labels)) == len(labels) == WARM_STARTS
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     searched = [policy for _, policy, prompts in lines if prompts == len(SEARCH)]
-    assert len(searched) <= 16 + 1 + 2  # the killed trial twice; two processes may draw a policy at the same moment
+    assert len(searched) <= len(found["rows"]) + 1  # the killed trial twice

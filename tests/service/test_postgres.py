@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
-from fake_process import CONFIRM, SEARCH
+from fake_process import CONFIRM, SEARCH, num_starts
 from postgres_server import PASSWORD, Server
 from search_fakes import FakeProfile, FakeScore, spec_of
 
@@ -77,7 +77,7 @@ def kill_within_a_trial(worker: subprocess.Popen[str], log: Path) -> None:
 def test_three_workers_one_killed_and_the_server_restarted(server: Server, url: str, tmp_path: Path) -> None:
     trials, log = 30, tmp_path / "log"
     options = ("--seconds", "0.6", "--log", str(log))
-    first = start("search", url, "--trials", str(trials), "--stale-after", "6", *options)
+    first = start("search", url, "--trials", str(trials), "--stale-after", "30", *options)
     wait(lambda: bool(scored(log)))
     workers = [start("worker", url, *options) for _ in range(3)]
     wait(lambda: {w.pid for w in workers} <= {pid for pid, _ in scored(log)})
@@ -101,13 +101,13 @@ def test_three_workers_one_killed_and_the_server_restarted(server: Server, url: 
     assert all(w["done"] == w["total"] == trials for w in worked)
     assert found["others"] > 0 and all(w["own"] > 0 for w in worked)
     labels = [label for _, label in found["rows"] if label != "search"]
-    assert len(set(labels)) == len(labels) == 10
+    assert len(set(labels)) == len(labels) == num_starts(trials)
     assert "its process died; it is tried again" in talk
     assert "connection lost; trying again" in talk and "connected again" in talk
     assert PASSWORD not in talk
-    # The killed trial, and at most one per process where two drew one policy at the same moment.
-    assert trials - 4 <= len({policy for _, policy in scored(log)}) <= trials
-    assert len(scored(log)) <= trials + 4
+    # The killed trial once more; and a policy twice only where two processes drew it at the same moment.
+    assert len(scored(log)) <= trials + 1
+    assert len(scored(log)) - len({policy for _, policy in scored(log)}) <= 4
     alone = run(None, trials)
     assert found["kl"] <= alone.winner.kl * 1.1 + 0.01
 
@@ -177,3 +177,53 @@ def test_a_server_that_stays_away_ends_the_work_with_one_line(server: Server, ur
     assert told == ["storage: connection lost; trying again for up to 1 s"]
     with open_storage(url) as storage:
         assert storage.study_names() == []
+
+
+def test_writers_survive_restarts_whatever_they_were_doing(server: Server, url: str) -> None:
+    """Three processes' worth of storages, made at once on an empty database, each used by two threads."""
+    import threading
+
+    import optuna
+
+    failures: list[BaseException] = []
+    stop, finished = threading.Event(), [0, 0, 0]
+
+    def beat(study: optuna.Study, current: list[int]) -> None:
+        while not stop.is_set():
+            try:
+                study._storage.set_trial_system_attr(current[0], "beat", time.time())
+            except optuna.exceptions.UpdateFinishedTrialError:
+                continue
+            except BaseException as error:
+                failures.append(error)
+
+    def use(index: int) -> None:
+        try:
+            with open_storage(url) as storage:
+                study = optuna.create_study(storage=storage.backend, study_name="x", load_if_exists=True)
+                current = [study.ask()._trial_id]
+                other = threading.Thread(target=beat, args=(study, current))
+                other.start()
+                while not stop.is_set():
+                    trial = study.ask()
+                    current[0] = trial._trial_id
+                    trial.suggest_float("x", 0, 1)
+                    study.get_trials(deepcopy=False)
+                    study.tell(trial, 1.0, skip_if_finished=True)
+                    finished[index] += 1
+                other.join()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(len(finished))]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        time.sleep(2)
+        server.stop()
+        server.start()
+    wait(lambda: min(finished) > 0 or bool(failures))
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
