@@ -9,13 +9,15 @@ talk to each other. A trial is
 - *live* when it is done, running or waiting in the queue.
 
 A trial may run when fewer than `total` live trials have smaller numbers, and none with a smaller number is the same
-item of the queue. The live trials before a trial only ever become fewer, so no more than `total` can get done.
+item of the queue. The live trials before a trial only ever become fewer, so no more than `total` can get done. A trial
+that was retried in vain counts only where it might have run: its processes may have died before they looked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -48,7 +50,16 @@ class Ledger:
 
     @property
     def done(self) -> list[FrozenTrial]:
-        return [trial for trial in self.trials if is_done(trial)]
+        return [trial for trial in self.trials if is_done(trial) and trial.number in self._live]
+
+    @cached_property
+    def _live(self) -> frozenset[int]:
+        """Numbers of the live trials."""
+        live: set[int] = set()
+        for trial in self.trials:
+            if is_live(trial) and (len(live) < self.total or not is_given_up(trial)):
+                live.add(trial.number)
+        return frozenset(live)
 
     @property
     def running(self) -> list[FrozenTrial]:
@@ -61,15 +72,14 @@ class Ledger:
     @property
     def may_start(self) -> bool:
         """Whether asking for a trial makes sense: one waits in the queue, or there is room for a new one."""
-        live = sum(is_live(trial) for trial in self.trials)
-        return live < self.total or any(trial.state == TrialState.WAITING for trial in self.trials)
+        return len(self._live) < self.total or any(trial.state == TrialState.WAITING for trial in self.trials)
 
     def may_run(self, number: int) -> bool:
         """Whether the trial of that number, which is running, may go on."""
         before = [trial for trial in self.trials if trial.number < number and not is_void(trial)]
         item = next((_item(trial) for trial in self.trials if trial.number == number), None)
         taken = item is not None and any(_item(trial) == item for trial in before)
-        return not taken and sum(is_live(trial) for trial in before) < self.total
+        return not taken and sum(trial.number in self._live for trial in before) < self.total
 
     def owed(self, starts: Mapping[str, Mapping[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Parameters and attributes of what should be in the queue and is not: interrupted trials and warm starts.

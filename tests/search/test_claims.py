@@ -5,7 +5,7 @@ from typing import Any
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvplan.search.claims import LABEL, MAX_RETRIES, SCORES, Ledger, interrupt, is_given_up, void
@@ -102,6 +102,7 @@ def test_a_trial_that_kills_its_processes_is_given_up_and_counts() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(total=st.integers(1, 6), steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=60))
+@example(total=1, steps=[(0, 0)] * 4 + [(1, 0), (3, 0), (0, 0), (0, 0), (1, 0), (1, 0), (2, 0), (3, 0), (0, 0)])
 def test_whatever_happens_the_total_is_exact(total: int, steps: list[tuple[int, int]]) -> None:
     """Workers ask, check, finish and die in any order; in the end one worker finishes the study."""
     study = new_study()
