@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvplan.cli.console import MAX_SEED, MAX_TOKENS
+from kvplan.cli.console import MAX_SEED
 
 if TYPE_CHECKING:
     from kvplan.calibrate.prompts import Example
     from kvplan.check.baselines import Baseline
     from kvplan.model_spec import ModelSpec
-    from kvplan.policy.schema import Policy
 
 HELDOUT_PROMPTS = 90
-DEFAULT_CONTEXT = 4096
-WAYS = {"both": (False, True), "agnostic": (False,), "aware": (True,)}
 
 
 def command(
@@ -86,7 +83,16 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON instead of tables.")] = False,
 ) -> None:
     """Measure policies and baselines beside the full cache: KL, top-1, perplexity, scores, bytes and speed."""
-    ways = _check_options(policy, baseline, data, task, suite, context, question, profile, max_prompts, column, split)
+    from kvplan.cli.console import note, out, stages
+    from kvplan.cli.prompts import Prompts, labels, load_all_fit, refuse_twice
+
+    _check_options(policy, baseline, profile)
+    prompts = Prompts(
+        data=data or [], tasks=task or [], suites=suite or [], contexts=context or [], samples=samples,
+        question=question, scorer=scorer, max_prompts=max_prompts, heldout_prompts=HELDOUT_PROMPTS,
+        max_tokens=max_tokens, column=column, split=split, seed=seed,
+    )  # fmt: skip
+    prompts.check_options()
 
     from kvplan.files import check_writable
     from kvplan.policy.serialize import load_policy
@@ -99,61 +105,19 @@ def command(
 
     asked = [Baseline.parse(text) for text in baseline or []]
 
-    from kvplan.check.scorers import PREDICTED, scorers
-    from kvplan.check.suites import suites
-    from kvplan.check.tasks import tasks
-    from kvplan.errors import MethodError
-    from kvplan.registry import unknown
-
-    names = list(tasks) if task and "all" in task else list(dict.fromkeys(task or []))
-    for name in names:
-        if name not in tasks:
-            raise MethodError(unknown("task", name, ["all", *tasks.names()]))
-    for text in suite or []:
-        suites[text.partition(":")[0]]  # raises where there is none
-    if scorer is not None and scorer != PREDICTED and scorer not in scorers:
-        raise MethodError(unknown("scorer", scorer, [PREDICTED, *scorers.names()]))
-
-    network, tokenizer, spec, bundled = _load(files, plans, model, dtype, device, trust_remote_code)
-
-    from kvplan.check.suites import suite_examples
-    from kvplan.check.tasks import generated
-    from kvplan.cli.console import note, out, stages
-    from kvplan.errors import DataError
-
-    chosen = bool(data or names or suite)
-    if not chosen and not bundled:
-        raise DataError("nothing to measure on; give --data, --task or --suite")
-    examples, sources = ([], []) if chosen else _own_examples(tokenizer, spec, max_prompts)
-    if data:
-        limits = {"max_prompts": max_prompts, "max_tokens": max_tokens, "column": column, "split": split, "seed": seed}
-        examples += _data_examples(data, tokenizer, spec, **limits)
-        sources += data
-    for length in _lengths(context, spec) if names else []:
-        examples += [e for name in names for e in generated(name, tokenizer, length, samples, ways=ways, seed=seed)]
-    for text in suite or []:
-        examples += suite_examples(
-            text, tokenizer, ways=ways, samples=samples, max_tokens=max_tokens, context_limit=spec.max_context_tokens
-        )
-    sources += [*(f"task {name}" for name in names), *(f"suite {text}" for text in suite or [])]
-    examples = [example for example in examples if example.continuation_ids]
+    prompts.check_names()
+    network, tokenizer, spec, bundled = load_all_fit(files, plans, model, dtype, device, trust_remote_code)
+    examples, sources = prompts.load(tokenizer, spec, bundled)
 
     from kvplan.check.evaluate import Candidate, evaluate
     from kvplan.check.results import save_results
 
-    labels = _labels(files)
     candidates = [
         Candidate(name=label, source=str(path), policy=plan)
-        for label, path, plan in zip(labels, files, plans, strict=True)
+        for label, path, plan in zip(labels(files), files, plans, strict=True)
     ]
     candidates += _baselines(asked, spec, examples, profile)
-    _refuse_twice([candidate.name for candidate in candidates])
-    settings: dict[str, str | int | bool | None] = {
-        "question": question,
-        "samples": samples,
-        "scorer": scorer,
-        "max_tokens": max_tokens,
-    }
+    refuse_twice([candidate.name for candidate in candidates])
     with stages() as report:
         results = evaluate(
             network,
@@ -167,7 +131,7 @@ def command(
             seed=seed,
             batch_tokens=batch_tokens,
             speed_tokens=speed_tokens,
-            settings=settings,
+            settings=prompts.settings(),
             progress=report,
         )
     save_results(results, output)
@@ -186,74 +150,13 @@ def command(
     note(f"wrote {output}")
 
 
-def _check_options(
-    policy: Sequence[Path] | None,
-    baseline: Sequence[str] | None,
-    data: Sequence[str] | None,
-    task: Sequence[str] | None,
-    suite: Sequence[str] | None,
-    context: Sequence[str] | None,
-    question: str,
-    profile: Path | None,
-    max_prompts: int | None,
-    column: str | None,
-    split: str | None,
-) -> tuple[bool, ...]:
-    """The ways of asking; refuses what cannot take effect."""
+def _check_options(policy: Sequence[Path] | None, baseline: Sequence[str] | None, profile: Path | None) -> None:
     from kvplan.errors import KVPlanError
-    from kvplan.registry import unknown
 
     if not policy and not baseline:
         raise KVPlanError("nothing to measure; give --policy FILE, or --baseline such as uniform:snapkv@40%")
     if profile and not baseline:
         raise KVPlanError("--profile is for baselines that go by the layers' importance; give a --baseline")
-    if context and not task:
-        raise KVPlanError("--context is the length of generated prompts; give a --task, or --max-tokens for --data")
-    if question not in WAYS:
-        raise KVPlanError(f"--question: {unknown('way of asking', question, list(WAYS))}")
-    if max_prompts and not data and (task or suite):
-        raise KVPlanError("--max-prompts is of --data; --samples says how many cases of a task or suite")
-    if not data and (column or split):
-        raise KVPlanError("--column and --split choose inside a dataset; give it with --data")
-    return WAYS[question]
-
-
-def parse_tokens(text: str) -> int:
-    """'32k' -> 32768.
-
-    Raises:
-        DataError: not a number of tokens.
-    """
-    import re
-
-    from kvplan.errors import DataError
-
-    match = re.fullmatch(r"(\d{1,12})([kKmM]?)", text.strip())
-    tokens = int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()] if match else 0
-    if not 0 < tokens <= MAX_TOKENS:
-        raise DataError(f"--context {text}: not a number of tokens; write for example 4096 or 32k")
-    return tokens
-
-
-def _load(
-    files: Sequence[Path], plans: Sequence[Policy], model: str | None, dtype: str | None, device: str, trust: bool
-) -> tuple[Any, Any, ModelSpec, bool]:
-    """The model, its tokenizer and shape, and whether it is the bundled one; every policy fits it."""
-    from kvplan.cli.run import load_for
-    from kvplan.errors import PolicyError
-    from kvplan.loading import BUNDLED_FOLDER, load_model
-    from kvplan.policy.serialize import check_model
-
-    if plans:
-        network, tokenizer, spec = load_for(files[0], plans[0], model, dtype, device, trust)
-    else:
-        network, tokenizer, spec = load_model(model, dtype=dtype or "auto", device=device, trust_remote_code=trust)
-    for path, plan in zip(files, plans, strict=True):
-        try:
-            check_model(plan, spec)
-        except PolicyError as error:
-            raise PolicyError([f"{path}: {line}" for line in str(error).splitlines()]) from error
-    return network, tokenizer, spec, Path(str(network.config._name_or_path)) == BUNDLED_FOLDER
 
 
 def _baselines(asked: Sequence[Baseline], spec: ModelSpec, examples: Sequence[Example], profile: Path | None) -> Any:
@@ -275,51 +178,3 @@ def _baselines(asked: Sequence[Baseline], spec: ModelSpec, examples: Sequence[Ex
             )
         facts = measured.facts
     return [Candidate(name=one.name, source=one.name, policy=one.policy(spec, context, facts)) for one in asked]
-
-
-def _own_examples(tokenizer: Any, spec: ModelSpec, max_prompts: int | None) -> tuple[list[Example], list[str]]:
-    """Prompts of the bundled model that no other step reads, and what they are called."""
-    from kvplan.calibrate.prompts import load_examples
-    from kvplan.demo.data import calib_data_path
-
-    most = max_prompts or HELDOUT_PROMPTS
-    path = calib_data_path("heldout")
-    found = load_examples([path], tokenizer, max_prompts=most, context_limit=spec.max_context_tokens)
-    return found, ["bundled heldout prompts"]
-
-
-def _data_examples(data: Sequence[str], tokenizer: Any, spec: ModelSpec, **limits: Any) -> list[Example]:
-    from kvplan.calibrate.prompts import load_examples
-    from kvplan.check.tasks.build import MAX_UNKNOWN, unknown_share
-    from kvplan.cli.console import warn
-
-    found = load_examples(data, tokenizer, context_limit=spec.max_context_tokens, **limits)
-    if (share := unknown_share(found, tokenizer)) > MAX_UNKNOWN:
-        warn(f"the tokenizer does not know {share:.0%} of the words in --data")
-    return found
-
-
-def _lengths(context: Sequence[str] | None, spec: ModelSpec) -> list[int]:
-    """Of generated prompts. Raises: DataError: one is longer than the model reads."""
-    from kvplan.errors import DataError
-
-    limit = spec.max_context_tokens
-    if not context:
-        return [min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)]
-    lengths = [parse_tokens(text) for text in context]
-    if limit is not None and max(lengths) > limit:
-        raise DataError(f"--context {max(lengths)} is more than the model's context of {limit} tokens")
-    return lengths
-
-
-def _labels(files: Sequence[Path]) -> list[str]:
-    """The files' names without their suffix; whole paths where two are alike."""
-    stems = [path.stem for path in files]
-    return [str(path) if stems.count(stem) > 1 else stem for path, stem in zip(files, stems, strict=True)]
-
-
-def _refuse_twice(names: Sequence[str]) -> None:
-    from kvplan.errors import KVPlanError
-
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise KVPlanError(f"{twice} is given twice; give each policy and baseline once")
