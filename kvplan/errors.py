@@ -10,7 +10,7 @@ KVPlanError (2: usage or configuration)
 ├── ConfigError      kvplan.toml says something that cannot be
 ├── StudyError       a study cannot be created or resumed
 ├── ResultsError     a results file cannot be read
-│   └── NotComparableError (4)  results of another model, of other prompts or of another format
+│   └── NotComparableError (4)  of another model, of other prompts, or of another format
 └── RuntimeLimitError  the runtime was asked for something that it cannot do correctly
 MemoryPlanExceeded (1)   measured bytes above the plan: a finding, not a usage error
 """

@@ -131,14 +131,8 @@ def evaluate(
         )
     return Results(
         tool={"kvplan": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        model=ModelIdentity(
-            name=model_name,
-            type=spec.model_type,
-            fingerprint=spec.fingerprint,
-            dtype=spec.dtype,
-            layers=spec.num_layers,
-        ),
-        data=DataIdentity(fingerprint=_fingerprint(examples, judges), sources=tuple(sources), prompts=len(examples)),
+        model=model_identity(spec, model_name),
+        data=data_identity(examples, sources, scorer),
         policies=tuple(results),
         seed=seed,
         device=str(input_device(model)),
@@ -246,7 +240,19 @@ def _rows(
     )
 
 
-def _fingerprint(examples: Sequence[Example], judges: Sequence[str | None]) -> str:
-    """sha256 over the prompts' tokens and what counts as right."""
+def model_identity(spec: ModelSpec, name: str) -> ModelIdentity:
+    return ModelIdentity(
+        name=name, type=spec.model_type, fingerprint=spec.fingerprint, dtype=spec.dtype, layers=spec.num_layers
+    )
+
+
+def data_identity(examples: Sequence[Example], sources: Sequence[str], scorer: str | None = None) -> DataIdentity:
+    """Of the prompts' tokens and what counts as right; where they came from is only told.
+
+    Raises:
+        MethodError: there is no such scorer.
+    """
+    judges = [_judge(example, scorer) for example in examples]
     told = [data_fingerprint(examples), [[judge, e.references] for judge, e in zip(judges, examples, strict=True)]]
-    return "sha256:" + hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    fingerprint = "sha256:" + hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return DataIdentity(fingerprint=fingerprint, sources=tuple(sources), prompts=len(examples))

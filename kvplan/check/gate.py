@@ -23,8 +23,8 @@ import numpy as np
 # One-sided: at most so often is a policy judged wrongly that loses exactly as much as it may.
 ALPHA = 0.05
 FIRST_LOOK = 32
-# Error is spent as the square of the prompts seen (Kim and DeMets 1987): little early, most of it on the last look.
-SPENDING_POWER = 2
+# Error is spent as the cube of the prompts seen (Kim and DeMets 1987): little early, most of it on the last look.
+SPENDING_POWER = 3
 NATS, SHARE, BYTES, RATIO = "nats", "share", "bytes", "ratio"
 
 

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from kvplan import __version__
-from kvplan.cli import bench, calibrate, config, doctor, eval, methods, policy, profile, report, run, search, worker
+from kvplan.cli import (
+    bench,
+    calibrate,
+    check,
+    config,
+    doctor,
+    eval,
+    methods,
+    policy,
+    profile,
+    report,
+    run,
+    search,
+    worker,
+)
 from kvplan.cli.console import set_quiet, set_verbose
 from kvplan.cli.exits import run_app
 
@@ -52,6 +66,7 @@ for name, module in {
     "worker": worker,
     "run": run,
     "eval": eval,
+    "check": check,
     "bench": bench,
     "report": report,
     "methods": methods,

@@ -1,6 +1,7 @@
 """From exceptions to one line and an exit code.
 
-0 done, 1 a finding, 2 usage or configuration, 70 a bug of ours, 130 interrupted (143 by SIGTERM), 141 reader gone.
+0 done, 1 a finding, 2 usage or configuration, 3 inconclusive (kvplan check), 4 not comparable, 70 a bug of ours,
+130 interrupted (143 by SIGTERM), 141 reader gone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from kvplan.cli import config
 from kvplan.cli.console import BROKEN_PIPE_EXIT, error, silence_stdout
 from kvplan.errors import KVPlanError
 
+FINDING_EXIT = 1
 USAGE_EXIT = 2
+INCONCLUSIVE_EXIT = 3
 INTERNAL_EXIT = 70
 INTERRUPT_EXIT = 130
 TERMINATED_EXIT = 143

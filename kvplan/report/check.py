@@ -11,16 +11,20 @@ from xml.etree import ElementTree
 from rich.table import Table
 
 from kvplan.check.adaptive import Outcome
-from kvplan.check.gate import BYTES, NATS, RATIO, Finding, State, worst
+from kvplan.check.gate import BYTES, NATS, RATIO, SHARE, Finding, State, worst
+from kvplan.check.results import PolicyResult, Results
 from kvplan.report.tables import number_table
+from kvplan.units import format_bytes
 
 HEADERS = ("criterion", "n", "found", "interval", "at most", "verdict")
 FORMAT_VERSION = 1
+MOST_NAMES = 3  # in a verdict line
 MEANINGS = (
     ("KL rise", "KL from the full cache, above the baseline's; nats a token."),
     ("score loss", "score below the baseline's."),
-    ("KL", "KL from the full cache; nats a token."),
+    ("KL", "from the full cache; nats a token."),
     ("recovery loss", "1 - score / the full cache's score."),
+    ("aware", "of the prompts that held the question when they were compressed; agnostic: of the others."),
     ("slowdown", "seconds a token, of transformers' full cache's."),
 )
 
@@ -40,7 +44,8 @@ def _reason(outcome: Outcome) -> str:
         harmed = worst_part(outcome)
         return why if harmed is None or outcome.reproduced else f"{why}; worst of the parts is {_told(harmed)}"
     first, *others = decisive
-    more = f"; also {', '.join(f.name for f in others)}" if others else ""
+    more = f"; also {', '.join(f.name for f in others[:MOST_NAMES])}" if others else ""
+    more += f" and {len(others) - MOST_NAMES} more" if len(others) > MOST_NAMES else ""
     if outcome.state is State.INCONCLUSIVE:
         more += "; more prompts would tell"
     return f"{_told(first)}{more}"
@@ -67,16 +72,17 @@ def cells(finding: Finding) -> tuple[str, ...]:
     return (
         finding.name,
         str(finding.prompts) if finding.prompts else "-",
-        number(finding.value, finding.unit),
+        _short(finding.value, finding.unit),
         _interval(finding) or "exact",
-        number(finding.limit, finding.unit),
+        _short(finding.limit, finding.unit),
         finding.state.value,
     )
 
 
 def notes(outcomes: Sequence[Outcome]) -> list[str]:
     """What the shown criteria mean, a line each."""
-    shown = {finding.name.rpartition(": ")[2] for outcome in outcomes for finding in outcome.findings}
+    names = [finding.name for outcome in outcomes for finding in outcome.findings]
+    shown = {word for name in names for word in name.split(": ")}
     told = [f"{name}: {meaning}" for name, meaning in MEANINGS if name in shown]
     for outcome in outcomes:
         if outcome.state is not State.PASS and outcome.harmed:
@@ -98,10 +104,17 @@ def number(value: float, unit: str) -> str:
     return f"{value:.1%}"
 
 
+def _short(value: float, unit: str) -> str:
+    return format_bytes(value) if unit == BYTES else number(value, unit)
+
+
 def _interval(finding: Finding) -> str:
     if finding.unit == BYTES:
         return ""
-    return f"[{number(finding.low, finding.unit)}, {number(finding.high, finding.unit)}]"
+    low, high = finding.low, finding.high
+    if finding.unit == SHARE:  # no score is lost more than whole
+        low, high = max(low, -1.0), min(high, 1.0)
+    return f"[{number(low, finding.unit)}, {number(high, finding.unit)}]"
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
@@ -163,3 +176,18 @@ def as_data(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "verdict": worst(o.state for o in outcomes),
         "policies": [plain(asdict(o)) | {"told": verdict(o)} for o in outcomes],
     }
+
+
+def change_table(now: Results, before: Results | None) -> Table:
+    """What a new baseline says, with the old one's numbers where there were any."""
+    rows = []
+    for policy in now.policies:
+        old = next((p for p in before.policies if p.name == policy.name), None) if before else None
+        cells = [f"{_mean(policy, of)}{'' if old is None else f' (was {_mean(old, of)})'}" for of in ("kl", "score")]
+        rows.append((policy.name, *cells, f"{policy.kv_bytes:,}{'' if old is None else f' (was {old.kv_bytes:,})'}"))
+    return number_table(("policy", "KL", "score", "bytes"), rows, f"{now.data.prompts} prompts")
+
+
+def _mean(policy: PolicyResult, field: str) -> str:
+    values = [value for row in policy.rows if (value := getattr(row, field)) is not None]
+    return number(sum(values) / len(values), NATS) if values else "-"

@@ -82,7 +82,8 @@ def test_rounding_is_the_same_and_one_lost_answer_is_not() -> None:
 def test_another_plan_must_pass_by_statistics_even_with_the_same_numbers() -> None:
     base = prompts()
     outcome = judged(base, base, same_plan=False)
-    assert (outcome.state, outcome.prompts, outcome.reproduced) == (State.PASS, 250, False)
+    assert (outcome.state, outcome.reproduced) == (State.PASS, False)
+    assert outcome.prompts > 64
 
 
 def test_a_large_loss_ends_early() -> None:

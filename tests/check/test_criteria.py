@@ -45,15 +45,15 @@ def test_recovery_is_judged_as_its_ratio_is() -> None:
 
 def test_tasks_have_floors_of_their_own() -> None:
     *_, first, second = criteria(ROWS, BASE, Limits(max_kl_rise=0.02, max_score_loss=0.05))
-    assert (first.name, first.part, first.limit, first.share) == ("t: score loss", "t", 0.2, 0.5)
-    assert (second.name, second.part, second.limit) == ("u: KL rise", "u", 0.08)
+    assert (first.name, first.part, first.limit, first.share) == ("t: score loss", "t", 0.25, 0.5)
+    assert (second.name, second.part, second.limit) == ("u: KL rise", "u", 0.1)
     assert second.losses == pytest.approx((0.1,))
 
 
 def test_a_single_task_has_no_floor_but_ways_of_asking_have() -> None:
     rows = [row("a"), row("b", question_aware=True)]
     names = [c.name for c in criteria(rows, rows, Limits(max_kl_rise=0.02))]
-    assert names == ["KL rise", "question-agnostic: KL rise", "question-aware: KL rise"]
+    assert names == ["KL rise", "agnostic: KL rise", "aware: KL rise"]
 
 
 def test_what_asks_nothing_has_no_score_to_lose() -> None:
