@@ -4,8 +4,8 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-search bench-compiled bench-gpu bench-plans bench-scale-out \
-	policies test test-service test-browser test-matrix lint format format-check types imports \
+.PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-search bench-compiled bench-gate bench-gpu bench-plans bench-scale-out \
+	policies baselines check-policies test test-service test-browser test-matrix lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -90,6 +90,10 @@ bench-plans: $(INSTALLED)
 bench-scale-out: $(SERVICE)
 	$(BIN)/python benchmarks/scale_out.py
 
+# How often `kvplan check` is wrong, by simulation over real scores.
+bench-gate: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gate.py
+
 # On a machine with a GPU: make KVPLAN_TORCH=default install && .venv/bin/pip install -c constraints.txt -e '.[gpu]'
 bench-gpu: $(INSTALLED)
 	@mkdir -p build
@@ -101,6 +105,16 @@ policies: $(INSTALLED)
 	cd build/policies && ../../$(BIN)/kvplan calibrate -o profile.json
 	for share in 50 40 25 10; do (cd build/policies && ../../$(BIN)/kvplan search --mem $$share% --trials 40 -o $$share.yaml \
 	  && cp $$share.yaml ../../policies/bundled/$${share}pct.yaml) || exit 1; done
+
+# The gate on the shipped policies; `make baselines` after they were remade.
+BASELINE := policies/bundled/baselines/heldout.json
+CHECK = $(BIN)/kvplan check $(addprefix --policy ,$(sort $(wildcard policies/bundled/*.yaml))) --baseline $(BASELINE)
+check-policies: $(INSTALLED)
+	$(CHECK)
+
+baselines: $(INSTALLED)
+	@mkdir -p $(dir $(BASELINE))
+	$(CHECK) --update
 
 test: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -11,7 +11,7 @@ from kvplan.errors import NotComparableError, ResultsError
 from kvplan.units import BASIS_POINTS
 
 # A task has few prompts, so it may lose more before that counts; still, no average hides a lost skill.
-TASK_FACTOR = 5
+TASK_FACTOR = 8
 # Nats a token on a prompt whose context is gone; the bundled model loses 0.4 on plain text and 1.2 on retrieval.
 LOST_KL = 0.5
 LOST_SCORE = 1.0

@@ -18,7 +18,7 @@ from kvplan.check.gate import State
 from kvplan.check.results import PromptRow
 from kvplan.errors import MemoryPlanExceeded
 
-LIMITS = Limits(max_kl_rise=0.02, max_score_loss=0.05)
+LIMITS = Limits(max_kl_rise=0.02, max_score_loss=0.03)
 TASKS = ("facts", "hops", "story")
 
 

@@ -45,8 +45,8 @@ def test_recovery_is_judged_as_its_ratio_is() -> None:
 
 def test_tasks_have_floors_of_their_own() -> None:
     *_, first, second = criteria(ROWS, BASE, Limits(max_kl_rise=0.02, max_score_loss=0.05))
-    assert (first.name, first.part, first.limit, first.share) == ("t: score loss", "t", 0.25, 0.5)
-    assert (second.name, second.part, second.limit) == ("u: KL rise", "u", 0.1)
+    assert (first.name, first.part, first.limit, first.share) == ("t: score loss", "t", 0.4, 0.5)
+    assert (second.name, second.part, second.limit) == ("u: KL rise", "u", 0.16)
     assert second.losses == pytest.approx((0.1,))
 
 
