@@ -214,9 +214,13 @@ def _policy_text(policy: dict[str, Any]) -> str:
     def line(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-    rows = ",\n".join(f"    {line(row)}" for row in policy.pop("rows"))
+    rows = ",\n".join(f"    {line(_without_defaults(row))}" for row in policy.pop("rows"))
     fields = "".join(f"   {line(name)}: {line(value)},\n" for name, value in policy.items())
     return f'  {{\n{fields}   "rows": [\n{rows}\n   ]\n  }}'
+
+
+def _without_defaults(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value not in (None, ())}
 
 
 def load_results(path: str | Path) -> Results:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvplan.check.adaptive import Asked, Measure, Outcome
     from kvplan.check.criteria import Limits
     from kvplan.check.evaluate import Candidate
-    from kvplan.check.results import Results
+    from kvplan.check.results import PromptRow, Results
     from kvplan.cli.prompts import Prompts
     from kvplan.model_spec import ModelSpec
 
@@ -40,7 +40,7 @@ def command(
     min_recovery: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Least score, of the full cache's.", show_default=f"{RECOVERY} without --baseline"
+            min=0.0, max=1.0, help="Least score, of the full cache's; 0: any.", show_default=f"{RECOVERY} without --baseline"
         ),
     ] = None,
     max_kl: Annotated[
@@ -125,7 +125,8 @@ def command(
         max_kl_rise=None if baseline is None else max_kl_rise,
         max_score_loss=None if baseline is None else max_score_loss,
         max_kl=max_kl,
-        min_recovery=RECOVERY if baseline is None and min_recovery is None else min_recovery,
+        # Of 0, every policy recovers as much.
+        min_recovery=(RECOVERY if baseline is None and min_recovery is None else min_recovery) or None,
         max_bytes=None if max_bytes is None else parse_share(max_bytes),
     )
     names = labels(files)
@@ -298,12 +299,25 @@ def _update(job: _Job, path: Path) -> None:
         before = load_results(path) if path.exists() else None
     except KVPlanError:  # of another format: it is replaced
         before = None
-    save_results(results, path)
+    save_results(_rounded(results), path)
 
     from kvplan.report.check import change_table
 
     out.print(change_table(results, before), soft_wrap=True)
     note(f"wrote {path}")
+
+
+def _rounded(results: Results) -> Results:
+    """Six digits: what tells prompts apart, in a file that is kept in a repository."""
+
+    def short(value: float) -> float:
+        return float(f"{value:.6g}")
+
+    def row(one: PromptRow) -> PromptRow:
+        return replace(one, kl=short(one.kl), top1=short(one.top1), nll=short(one.nll), full_nll=short(one.full_nll))
+
+    policies = tuple(replace(policy, rows=tuple(map(row, policy.rows))) for policy in results.policies)
+    return replace(results, policies=policies)
 
 
 def _report(outcomes: Sequence[Outcome], junit: Path | None, summary: Path | None, *, as_json: bool) -> None:
