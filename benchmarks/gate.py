@@ -111,7 +111,8 @@ def _rows(prompts: Sequence[Any], scores: Mapping[str, Sequence[float]]) -> Rows
             PromptRow(
                 id=str(i), task=prompts[i][0], question_aware=prompts[i][1], context_tokens=1, tokens=1, kl=kl,
                 top1=1.0, nll=1.0, full_nll=1.0, planned_bytes=1, kv_bytes=1, full_bytes=1,
-                scorer="predicted", score=answer, full_score=None if answer is None else 1.0,
+                questions=int(answer is not None), scorer="predicted", score=answer,
+                full_score=None if answer is None else 1.0,
             )
         )  # fmt: skip
     return made

@@ -143,14 +143,17 @@ def _recovery_losses(pairs: Sequence[Pair], allowed: float) -> list[float]:
     return [(full - score - allowed * full) / mean + allowed for score, full in scored]
 
 
-def _parts(pairs: Sequence[Pair], key: Callable[[PromptRow], str]) -> dict[str, list[Pair]]:
+def _parts(pairs: Sequence[Pair], key: Callable[[PromptRow], str | None]) -> dict[str, list[Pair]]:
     found: dict[str, list[Pair]] = {}
     for pair in pairs:
-        found.setdefault(key(pair[0]), []).append(pair)
+        if (name := key(pair[0])) is not None:
+            found.setdefault(name, []).append(pair)
     return found if len(found) > 1 else {}
 
 
-def _way(row: PromptRow) -> str:
+def _way(row: PromptRow) -> str | None:
+    if not row.questions:
+        return None
     return "aware" if row.question_aware else "agnostic"
 
 

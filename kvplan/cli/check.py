@@ -40,7 +40,10 @@ def command(
     min_recovery: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Least score, of the full cache's; 0: any.", show_default=f"{RECOVERY} without --baseline"
+            min=0.0,
+            max=1.0,
+            help="Least score, of the full cache's; 0: any.",
+            show_default=f"{RECOVERY} without --baseline",
         ),
     ] = None,
     max_kl: Annotated[
@@ -134,8 +137,10 @@ def command(
     before = _read_baseline(baseline, update)
     prompts = Prompts(
         data=data or [], tasks=task or [], suites=suite or [], contexts=context or [], samples=samples,
-        question=question, scorer=scorer, max_prompts=max_prompts or (before.data.prompts if before else None),
-        heldout_prompts=HELDOUT_PROMPTS, max_tokens=max_tokens, column=column, split=split, seed=seed,
+        question=question, scorer=scorer, max_prompts=max_prompts,
+        heldout_prompts=before.data.prompts if before else HELDOUT_PROMPTS,
+        data_prompts=before.data.prompts if before else None,
+        max_tokens=max_tokens, column=column, split=split, seed=seed,
     )  # fmt: skip
     prompts.check_options()
 
