@@ -10,6 +10,7 @@ from kvplan.errors import StudyError
 KINDS = ("budget", "evictor", "codec", "sharing", "heads", "channels", "params")
 BASIC = ("budget", "evictor", "codec", "sharing")
 # More dimensions pay off only with the trials to explore them.
+PER_GROUP_FROM_TRIALS = 130
 FROM_TRIALS = {"heads": 100, "channels": 100, "params": 150}
 
 
@@ -21,9 +22,11 @@ class Decisions:
         kinds: Of `KINDS`. `budget`: slots per layer group; `evictor`: which evictor per group; `codec`: how keys and
             values are stored; `sharing`: how many layers share; `heads`: a split over KV heads; `channels`: dropped key
             channels; `params`: the evictors' own parameters.
+        halves: Choose one method for the less sensitive half of the groups and one for the other, not one per group.
     """
 
     kinds: tuple[str, ...] = BASIC
+    halves: bool = True
 
     def __contains__(self, kind: str) -> bool:
         return kind in self.kinds
@@ -42,7 +45,7 @@ def decisions(trials: int, only: Sequence[str] = (), without: Sequence[str] = ()
     kinds = tuple(kind for kind in KINDS if kind in chosen and kind not in without)
     if not kinds:
         raise StudyError("--only and --without leave nothing to decide")
-    return Decisions(kinds)
+    return Decisions(kinds, halves=trials < PER_GROUP_FROM_TRIALS)
 
 
 def names(text: Sequence[str] | None) -> list[str]:

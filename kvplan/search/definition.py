@@ -149,7 +149,7 @@ class Definition:
                 evictors=tuple(data["evictors"]),
                 codecs=None if codecs is None else tuple(codecs),
                 groups=tuple(map(tuple, groups)) if isinstance(groups, list) else groups,
-                decisions=Decisions(tuple(data["decisions"]["kinds"])),
+                decisions=Decisions(tuple(data["decisions"]["kinds"]), data["decisions"]["halves"]),
                 objective=Objective(**data["objective"]),
                 sampler=data["sampler"],
                 search_prompts=tuple(data["search_prompts"]),

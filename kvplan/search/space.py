@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ class SearchSpace:
         encoded = [joined(best, precision) for precision in compiler.precisions]
         self.evictors = [*compiler.names, *encoded, PROFILE] if len(compiler.methods) > 1 else compiler.names
         self.group_names = ascii_lowercase[: len(compiler.groups)]
+        self.method_names = _method_names(self.group_names, decisions.halves)
         self.max_shared = compiler.max_shared if "sharing" in decisions else 0
         self.channels = _choices(search_ranges(ThinK)["drop"]) if "channels" in decisions else ()
         self.tunable = _tunable(compiler.names) if "params" in decisions else {}
@@ -65,9 +66,13 @@ class SearchSpace:
                 trial.suggest_float(f"scale.{g}", SCALE_LOW, SCALE_HIGH, log=True) if budget else 1.0
                 for g in self.group_names
             ),
-            evictors=tuple(
-                trial.suggest_categorical(f"evictor.{g}", self.evictors) if len(self.evictors) > 1 else self.evictors[0]
-                for g in self.group_names
+            evictors=self._methods(
+                {
+                    name: trial.suggest_categorical(f"evictor.{name}", self.evictors)
+                    if len(self.evictors) > 1
+                    else self.evictors[0]
+                    for name in dict.fromkeys(self.method_names)
+                }
             ),
             shared_layers=trial.suggest_int("shared_layers", 0, self.max_shared) if self.max_shared else 0,
             split_heads="heads" in self.decisions and trial.suggest_categorical("split_heads", [False, True]),
@@ -85,7 +90,7 @@ class SearchSpace:
             flat["split"] = params.split
             flat |= {f"scale.{g}": x for g, x in zip(self.group_names, params.scales, strict=True)}
         if len(self.evictors) > 1:
-            flat |= {f"evictor.{g}": e for g, e in zip(self.group_names, params.evictors, strict=True)}
+            flat |= {f"evictor.{name}": e for name, e in zip(self.method_names, params.evictors, strict=True)}
         if self.max_shared:
             flat["shared_layers"] = params.shared_layers
         if "heads" in self.decisions:
@@ -101,13 +106,17 @@ class SearchSpace:
         return Params(
             split=flat.get("split", self.splits[0]),
             scales=tuple(flat.get(f"scale.{g}", 1.0) for g in self.group_names),
-            evictors=tuple(flat.get(f"evictor.{g}", self.evictors[0]) for g in self.group_names),
+            evictors=self._methods({name: flat.get(f"evictor.{name}", self.evictors[0]) for name in self.method_names}),
             shared_layers=flat.get("shared_layers", 0),
             split_heads=flat.get("split_heads", False),
             dropped_channels=flat.get("dropped_channels", 0.0),
             share=self.shares[flat["mem"]] if self.shares else None,
             tuned=tuple((e, field, flat[f"{e}.{field}"]) for e, field in self.tunable),
         )
+
+    def _methods(self, chosen: Mapping[str, str]) -> tuple[str, ...]:
+        """One per group."""
+        return tuple(chosen[name] for name in self.method_names)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the space: a study cannot go on with another one."""
@@ -117,6 +126,7 @@ class SearchSpace:
             "groups": self._compiler.groups,
             "max_shared": self.max_shared,
             "decisions": list(self.decisions.kinds),
+            "methods": list(self.method_names),
             "params": [f"{evictor}.{field}" for evictor, field in self.tunable],
         } | ({"shares": list(self.shares)} if self.shares else {})
 
@@ -201,6 +211,14 @@ def space_for(
     if shares:
         compiler = FrontCompiler(profile, budget, names, groups, stored, shares)
     return compiler, SearchSpace(compiler, decisions, shares)
+
+
+def _method_names(groups: str, halves: bool) -> list[str]:
+    """Of each group, the parameter that chooses its method: its own, or that of its half."""
+    if not halves or len(groups) <= 2:
+        return list(groups)
+    lower = len(groups) // 2
+    return [groups[:lower] if at < lower else groups[lower:] for at in range(len(groups))]
 
 
 def _tunable(names: Sequence[str]) -> dict[tuple[str, str], IntRange | Choice]:

@@ -53,6 +53,19 @@ def test_without_evictor_or_codec_there_is_one_left() -> None:
     assert {name.partition("+")[2] for name in space("evictor").evictors} == {""}
 
 
+def test_halves_share_a_method_until_there_are_trials_for_every_group() -> None:
+    few, many = (
+        space_for(PROFILE, BUDGET, Decisions(BASIC, halves=halves), groups=4)[1]  # type: ignore[arg-type]
+        for halves in (True, False)
+    )
+    assert (few.method_names, many.method_names) == (["ab", "ab", "cd", "cd"], ["a", "b", "c", "d"])
+    trial = optuna.create_study().ask()
+    chosen = few.suggest(trial).evictors
+    assert chosen[0] == chosen[1] == trial.params["evictor.ab"] and chosen[2] == chosen[3] == trial.params["evictor.cd"]
+    assert few.params(few.flat(few.suggest(trial))) == few.suggest(trial)
+    assert decisions(129).halves and not decisions(130).halves
+
+
 def test_more_is_decided_when_there_are_trials_for_it() -> None:
     assert decisions(60).kinds == BASIC
     assert decisions(100).kinds == (*BASIC, "heads", "channels")
