@@ -131,11 +131,11 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
 def test_every_baseline_has_its_interval() -> None:
     plot, data = drawn("pareto")
-    assert list(data.panels) == ["question-agnostic", "question-aware"]
+    assert list(data.panels) == ["question-agnostic, 12 prompts", "question-aware, 4 prompts"]
     for points in data.panels.values():
         assert {p.name for p in points} == {"full cache", "policy", *BASELINES}
         assert all(p.kl.low <= p.kl.mean <= p.kl.high for p in points)
-    assert [p.name for p in data.panels["question-aware"] if p.found] == ["policy"]
+    assert [p.name for p in data.panels["question-aware, 4 prompts"] if p.found] == ["policy"]
 
 
 def test_without_results_policies_stand_beside_what_the_search_tried_first() -> None:

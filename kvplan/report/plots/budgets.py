@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvplan.methods.evictors import evictors
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.memory import allocated_slots, plan, stated_spec
 from kvplan.policy.schema import LayerPolicy
@@ -77,12 +76,12 @@ class BudgetsPlot(Plot[Budgets]):
 
     def draw(self, data: Budgets, page: Page) -> Figure:
         figure, axes = page.axes(layer_rows(page, len(data.layers), extra=96))
-        names = [NO_EVICTOR, *evictors.names()]
-        for name in names:
+        names = sorted({layer.evictor for layer in data.layers if layer.shares is None} - {NO_EVICTOR})
+        for name in [NO_EVICTOR, *names]:
             bars = [(i, layer) for i, layer in enumerate(data.layers) if layer.shares is None and layer.evictor == name]
             if bars:
                 widths = [layer.tokens / data.context_tokens for _, layer in bars]
-                colour = LIGHT["plain"] if name == NO_EVICTOR else series(names.index(name) - 1)
+                colour = LIGHT["plain"] if name == NO_EVICTOR else series(names.index(name))
                 axes.barh([i for i, _ in bars], widths, color=colour, height=0.7, label=name)
         _label(axes, data, page)
         for i, layer in enumerate(data.layers):

@@ -57,7 +57,7 @@ class HistoryPlot(Plot[History]):
         lost = f" {failed} trials gave no score and are not drawn." if failed else ""
         least, most = data.shares
         sizes = (
-            f" Trials hold {least:.0%} to {most:.0%} of the full cache's bytes, and those of less memory are higher."
+            f" Trials hold {least:.0%} to {most:.0%} of the full cache's bytes; less memory tends to lie higher."
             if most > least + 0.01
             else ""
         )

@@ -37,7 +37,7 @@ class ParametersPlot(Plot[Parameters]):
     order = 6
     title = "Which choice mattered"
     look_for = (
-        "A long bar is a choice on which the best trials agree while the others differ: get that one right first."
+        "A long bar is a choice in which the best trials differ from the others, so it is the first one to get right."
     )
     needs = "a search's journal with at least 10 trials (kvplan search)"
 
@@ -52,8 +52,8 @@ class ParametersPlot(Plot[Parameters]):
         first = data.found[0]
         return (
             f"What mattered most: {first.meaning} ({first.importance:.0%}). The bars add up to 100 % and compare the "
-            f"best {TOP_SHARE:.0%} of {data.num_trials} trials with all of them (PED-ANOVA); with so few trials, take "
-            "the order as a hint and not as a measurement."
+            f"values that the best {TOP_SHARE:.0%} of {data.num_trials} trials have with those of all (PED-ANOVA). The "
+            "sampler does not try all values equally often, so take the order as a hint and not as a measurement."
         )
 
     def table(self, data: Parameters) -> Table:

@@ -52,18 +52,15 @@ class ParetoPlot(Plot[Pareto]):
         if inputs.results is not None:
             return Pareto(_of_results(inputs.results, {p.name for p in inputs.policies}))
         points = [*_of_policies(inputs.policies), *_of_study(inputs.study)]
-        return Pareto({"search and confirmation": points}) if len(points) > 1 else None
+        return Pareto({"prompts of the search and of its confirmation": points}) if len(points) > 1 else None
 
     def told(self, data: Pareto) -> str:
         parts = []
         for name, points in data.panels.items():
             best = ", ".join(f"{p.name} ({p.share:.0%}, KL {p.kl.mean:.2g})" for p in front(points)) or "none"
-            parts.append(f"on {name} prompts nothing beats {best}")
-        told = "; ".join(parts)
+            parts.append(f"{name[0].upper()}{name[1:]}: nothing beats {best}.")
         return (
-            told[0].upper()
-            + told[1:]
-            + ". KL is the distance from the full cache's predictions in nats; the whiskers are its "
+            f"{' '.join(parts)} KL is the distance from the full cache's predictions in nats; the whiskers are its "
             "95 % interval over prompts."
         )
 
@@ -85,14 +82,14 @@ class ParetoPlot(Plot[Pareto]):
         ):
             plain(axes)
             if len(data.panels) > 1:
-                axes.set_title(f"{name} prompts", loc="left", fontsize=12)
+                axes.set_title(name, loc="left", fontsize=12)
             _panel(axes, points, page, height)
         return figure
 
     def short(self, data: Pareto) -> str:
         lines = []
         for name, points in data.panels.items():
-            lines.append(f"on {name} prompts; * nothing beats it")
+            lines.append(f"{name}; * nothing beats it")
             for p in sorted(points, key=lambda p: p.kl.mean):
                 star = "*" if p in front(points) else " "
                 span = f"[{p.kl.low:.4f}, {p.kl.high:.4f}]"
@@ -114,7 +111,7 @@ def _of_results(results: Results, found: set[str]) -> dict[str, list[Point]]:
     """A panel per way of asking: they are never averaged together."""
     panels = {}
     for group in by_question(results):
-        panels[group.name] = [
+        panels[f"{group.name}, {len(group.rows)} prompts"] = [
             Point(s.policy, s.share, s.kl, s.policy in found or _is_file(results, s.policy))
             for s in summaries(results, group)
         ]
@@ -172,9 +169,7 @@ def _panel(axes: Axes, points: Sequence[Point], page: Page, height: float) -> No
     best = front(points)
     log_axis(axes)
     ordered = sorted(points, key=lambda p: p.kl.mean)
-    # Whiskers of policies of equal bytes would hide each other.
-    aside = 0.004 if page.is_wide else 0.01
-    place = {p.name: (p.share + (rank % 5 - 2) * aside, max(p.kl.mean, floor)) for rank, p in enumerate(ordered)}
+    place = {p.name: (x, max(p.kl.mean, floor)) for p, x in zip(ordered, _aside(ordered, page), strict=True)}
     for p in points:
         colour = LIGHT["warm"] if p.found else LIGHT["accent"] if p in best else LIGHT["plain"]
         x, y = place[p.name]
@@ -190,6 +185,13 @@ def _panel(axes: Axes, points: Sequence[Point], page: Page, height: float) -> No
     axes.set_xlabel("of the full cache's bytes")
     axes.grid(axis="x", color=LIGHT["line"], linewidth=0.8)
     _labels(axes, ordered[::-1], place, page, height)
+
+
+def _aside(points: Sequence[Point], page: Page) -> list[float]:
+    """Where each point stands: a little aside where whiskers of policies of equal bytes would hide each other."""
+    step = 0.004 if page.is_wide else 0.01
+    crowded = [sum(abs(p.share - other.share) < 2 * step for other in points) > 1 for p in points]
+    return [p.share + (rank % 5 - 2) * step * crowded[rank] for rank, p in enumerate(points)]
 
 
 def _labels(
