@@ -18,11 +18,11 @@ SAMPLE_TOKENS = 1024
 
 def command(
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="FILE...", help="A profile, a search's journal, policies, a results file: what there is."
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -40,6 +40,13 @@ def command(
         ),
     ] = None,
     data: Annotated[bool, typer.Option("--data", help="The numbers of --plot as CSV.")] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="A search that is kept on a server: postgresql+psycopg://user@host/database.", show_default=False
+        ),
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="The name of that search.", show_default=False)] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -72,6 +79,11 @@ def command(
     from kvplan.errors import KVPlanError
     from kvplan.files import check_writable
 
+    files = files or []
+    if not files and storage is None:
+        raise KVPlanError("nothing to report on; name a profile, a search's journal, policies or a results file")
+    if study is not None and storage is None:
+        raise KVPlanError("--study names a study on a server; say with --storage where")
     if data and plot is None:
         raise KVPlanError("--data gives the numbers of one picture; name it with --plot")
     target = output or (None if data else Path("report.html" if plot is None else f"{plot}.svg"))
@@ -82,7 +94,7 @@ def command(
 
     from kvplan.report.inputs import read_inputs
 
-    inputs = replace(read_inputs(files), context=context)
+    inputs = replace(read_inputs(files, storage, study), context=context)
     if prompt_file is not None and (inputs.policy is None or not sample):
         raise KVPlanError("--prompt-file is for the kept tokens of a policy: give a policy, and leave out --no-sample")
     # Budgets and bytes are drawn for the sample's length, unless --context says otherwise.

@@ -71,8 +71,8 @@ class Inputs:
         return (target and target.context_tokens) or CONTEXT_TOKENS
 
 
-def read_inputs(paths: Sequence[Path]) -> Inputs:
-    """Read every file.
+def read_inputs(paths: Sequence[Path], storage: str | None = None, study: str | None = None) -> Inputs:
+    """Read every file, and the study of that name in that storage, where one is given.
 
     Raises:
         KVPlanError: a file is none of kvplan's, is damaged, or there are two where one is drawn.
@@ -93,6 +93,10 @@ def read_inputs(paths: Sequence[Path]) -> Inputs:
             results.append(load_results(path))
         else:
             policies.append(NamedPolicy(path, load_policy(path)))
+    if storage is not None:
+        from kvplan.search.trials import read_stored_study
+
+        studies.append(read_stored_study(storage, study))
     for what, found, remedy in (
         ("profiles", profiles, "merge them first: kvplan profile merge"),
         ("studies", studies, "make a report of each"),

@@ -20,6 +20,7 @@ from kvplan.errors import StudyError
 from kvplan.search.claims import LABEL, SCORES, SHARE
 from kvplan.search.confirm import SEARCHED
 from kvplan.search.shared import IDENTITY
+from kvplan.search.storage import open_storage
 
 TOP_SHARE = 0.1  # of the trials, whose choices are compared with all others
 MIN_TRIALS = 10  # fewer say nothing about a parameter
@@ -88,20 +89,6 @@ def read_study(path: Path) -> StudyRecord:
     Raises:
         StudyError: the file cannot be read or holds no study of kvplan's, or no trial was scored.
     """
-    attributes, trials = _load(path)
-    identity = attributes.get(IDENTITY, {})
-    groups = identity.get("space", {}).get("groups", [])
-    scored = [trial for trial in trials if SCORES in trial.user_attrs]
-    if not scored:
-        raise StudyError(f"{path}: no trial of this search has been scored yet")
-    return StudyRecord(
-        trials=tuple(map(_record, scored)),
-        importance=_importance(trials),
-        groups={chr(ord("a") + i): tuple(layers) for i, layers in enumerate(groups)},
-    )
-
-
-def _load(path: Path) -> tuple[dict[str, Any], list[optuna.trial.FrozenTrial]]:
     # Optuna opens journals for writing; a copy leaves the file, and whoever writes it, alone.
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "journal"
@@ -112,9 +99,33 @@ def _load(path: Path) -> tuple[dict[str, Any], list[optuna.trial.FrozenTrial]]:
         try:
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(copy)))
             study = storage.get_all_studies()[0]
-            return dict(study.user_attrs), storage.get_all_trials(study._study_id, deepcopy=False)
+            attributes, trials = study.user_attrs, storage.get_all_trials(study._study_id, deepcopy=False)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise StudyError(f"{path}: not a search that kvplan wrote") from error
+    return _study(attributes, trials, str(path))
+
+
+def read_stored_study(address: str, name: str | None) -> StudyRecord:
+    """A study where `kvplan search --storage` keeps it: on a server, or in a file.
+
+    Raises:
+        StudyError: the storage cannot be reached, holds no such study, or no trial was scored.
+    """
+    with _silent(), open_storage(address, create=False) as opened:
+        study = opened.load(name)
+        return _study(study.user_attrs, study.get_trials(deepcopy=False), opened.where)
+
+
+def _study(attributes: Mapping[str, Any], trials: Sequence[optuna.trial.FrozenTrial], where: str) -> StudyRecord:
+    groups = attributes.get(IDENTITY, {}).get("space", {}).get("groups", [])
+    scored = [trial for trial in trials if SCORES in trial.user_attrs]
+    if not scored:
+        raise StudyError(f"{where}: no trial of this search has been scored yet")
+    return StudyRecord(
+        trials=tuple(map(_record, scored)),
+        importance=_importance(trials),
+        groups={chr(ord("a") + i): tuple(layers) for i, layers in enumerate(groups)},
+    )
 
 
 def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:

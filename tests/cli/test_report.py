@@ -82,12 +82,19 @@ def test_numbers_go_to_standard_output(files: list[str]) -> None:
         (["--plot", "pareto", "-o", "p.pdf"], r"p.pdf: pictures are written as .svg or .png"),
         (["--plot", "history"], "'history' cannot be drawn from these files: it needs a search's journal"),
         (["--prompt-file", "x.txt", "--no-sample"], "--prompt-file is for the kept tokens of a policy"),
+        (["--study", "mine"], "say with --storage where"),
+        (["--storage", "none.journal"], "none.journal: no such file"),
         (["-o", "results.json"], "this command reads that file"),
     ],
 )
 def test_what_cannot_be_is_said(files: list[str], arguments: list[str], message: str) -> None:
     with pytest.raises(KVPlanError, match=message):
         run(*files, *arguments)
+
+
+def test_nothing_to_report_on_is_said() -> None:
+    with pytest.raises(KVPlanError, match="nothing to report on; name a profile"):
+        run()
 
 
 def test_an_unknown_picture_is_refused_before_anything_runs(files: list[str]) -> None:

@@ -24,6 +24,7 @@ from kvplan.policy.schema import Target
 from kvplan.search.shared import SharedStudy
 from kvplan.search.storage import open_storage
 from kvplan.search.study import search
+from kvplan.search.trials import read_stored_study
 from kvplan.search.worker import work
 
 pytestmark = pytest.mark.service
@@ -227,3 +228,14 @@ def test_writers_survive_restarts_whatever_they_were_doing(server: Server, url: 
     for thread in threads:
         thread.join(60)
     assert not failures
+
+
+def test_a_report_reads_a_study_from_the_server(url: str) -> None:
+    found = run(url, 12, study="mine")
+    record = read_stored_study(url, "mine")
+    assert [(t.number, t.label) for t in record.trials] == [(row.number, row.label) for row in found.trials]
+    assert [t.mean_kl for t in record.trials] == pytest.approx([row.kl for row in found.trials])
+    assert record.importance and record.shares[1] > 0
+    with pytest.raises(StudyError, match="no study 'other'") as error:
+        read_stored_study(url, "other")
+    assert PASSWORD not in str(error.value)
