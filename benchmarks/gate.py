@@ -160,6 +160,18 @@ def losing_answers(base: Rows, worse: Rows, points: float, *, kl_too: bool) -> D
     return draw
 
 
+def losing_few(base: Rows, worse: Rows, rise: float) -> Draw:
+    """A few prompts get the KL of `worse`, so many that it rises by so much on average; the others stay as they are."""
+    share = rise / (mean(worse, "kl") - mean(base, "kl"))
+    swapped = [replace(b, kl=w.kl) for b, w in zip(base, worse, strict=True)]
+
+    def draw(rng: np.random.Generator) -> tuple[Rows, Rows | None]:
+        chosen, hit = rng.integers(0, len(base), HELDOUT_PROMPTS), rng.random(HELDOUT_PROMPTS) < share
+        return [swapped[i] if h else base[i] for i, h in zip(chosen, hit, strict=True)], [base[i] for i in chosen]
+
+    return draw
+
+
 def without_base(draw: Draw) -> Draw:
     return lambda rng: (draw(rng)[0], None)
 
@@ -187,6 +199,11 @@ def scenarios(rows: Mapping[str, Rows], again: Mapping[str, Rows]) -> dict[str, 
             ]
             for times in (1, 2, 4)
         },
+        "KL rises by 2 x the limit on average: a few prompts are lost, as under": [
+            *(Scenario(name, losing_few(base, rows[name], 2 * KL_RISE)) for name in ANSWER_SHAPES),
+            Scenario("uniform knorm 70%, same plan", losing_few(base, rows["uniform knorm 70%"], 2 * KL_RISE),
+                     same_plan=True),
+        ],
         "the score falls by 10 points and the KL stays, as under": [
             Scenario(name, losing_answers(base, rows[name], LOST_POINTS, kl_too=False)) for name in answers
         ],

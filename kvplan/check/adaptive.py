@@ -98,11 +98,11 @@ def look(
     base: Sequence[PromptRow] | None,
     level: float,
     *,
-    number: int = 1,
-    available: int | None = None,
+    number: int,
+    available: int,
 ) -> Outcome:
     """Judge what has been measured so far, at an error rate."""
-    same = base is not None and asked.same_plan and reproduced(rows, base, asked.limits)
+    same = base is not None and asked.same_plan and reproduced(rows, base, asked.limits, available)
     findings = exact(rows, base, asked.limits)
     for criterion in criteria(rows, base, asked.limits):
         finding = judge(criterion, level)
@@ -113,7 +113,7 @@ def look(
         state=worst(finding.state for finding in findings),
         findings=tuple(findings),
         prompts=len(rows),
-        available=len(rows) if available is None else available,
+        available=available,
         looks=number,
         reproduced=same,
         harmed=_harmed(rows, base),

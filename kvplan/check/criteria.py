@@ -16,8 +16,8 @@ TASK_FACTOR = 8
 LOST_KL = 0.5
 LOST_SCORE = 1.0
 # The same plan gives the same numbers, up to rounding that differs between processors. With fewer prompts, harm to one
-# prompt in twenty would pass unseen.
-REPRODUCED_PROMPTS = 64
+# in thirty would too often pass unseen.
+REPRODUCED_PROMPTS = 96
 REPRODUCED_SHARE = 0.1
 
 Pair = tuple[PromptRow, PromptRow]
@@ -189,9 +189,13 @@ def _bytes(name: str, value: int, limit: int, above: bool) -> Finding:
     return Finding(name=name, state=state, prompts=0, value=value, low=value, high=value, limit=limit, unit=BYTES)
 
 
-def reproduced(rows: Sequence[PromptRow], base: Sequence[PromptRow], limits: Limits) -> bool:
-    """Whether every prompt got the baseline's numbers, but for rounding."""
-    if limits.max_kl_rise is None or len(rows) < REPRODUCED_PROMPTS:
+def reproduced(rows: Sequence[PromptRow], base: Sequence[PromptRow], limits: Limits, available: int) -> bool:
+    """Whether every prompt got the baseline's numbers, but for rounding, and enough were asked.
+
+    Args:
+        available: Prompts that there are; where these are few, all of them are enough.
+    """
+    if limits.max_kl_rise is None or len(rows) < min(REPRODUCED_PROMPTS, available):
         return False
     near = limits.max_kl_rise * REPRODUCED_SHARE
     return all(a.score == b.score and abs(a.kl - b.kl) <= near for a, b in zip(rows, base, strict=True))

@@ -4,7 +4,7 @@ Three states, by a confidence interval against the limit: the whole interval abo
 interval below it passes, anything else is inconclusive. Prompts come in looks of growing size, and the error rate is
 spent over the looks, so that looking early costs no certainty.
 
-Student's t for the intervals, not the bootstrap: on 32 prompts a percentile bootstrap is too narrow, and for a mean it
+Student's t for the intervals, not the bootstrap: on few prompts a percentile bootstrap is too narrow, and for a mean it
 adds nothing. Either bound also counts one prompt that was not drawn, lost for the upper bound and unharmed for the
 lower one: prompts that happen to be all alike would have an interval of width 0, and a few lost ones among many could
 pass unseen.
@@ -22,7 +22,7 @@ import numpy as np
 
 # One-sided: at most so often is a policy judged wrongly that loses exactly as much as it may.
 ALPHA = 0.05
-FIRST_LOOK = 32
+FIRST_LOOK = 24
 # Error is spent as the cube of the prompts seen (Kim and DeMets 1987): little early, most of it on the last look.
 SPENDING_POWER = 3
 NATS, SHARE, BYTES, RATIO = "nats", "share", "bytes", "ratio"
@@ -90,7 +90,7 @@ def looks(total: int, first: int = FIRST_LOOK) -> list[int]:
     """How many prompts have been seen at each look: doubling, and all of them at the last.
 
     >>> looks(250)
-    [32, 64, 128, 250]
+    [24, 48, 96, 250]
     """
     made = []
     # A last step that is smaller than half of the one before would buy little.

@@ -69,7 +69,7 @@ def states(outcome: Outcome) -> dict[str, State]:
 def test_the_same_numbers_pass_early() -> None:
     base = prompts()
     outcome = judged(base, base, same_plan=True)
-    assert (outcome.state, outcome.prompts, outcome.reproduced) == (State.PASS, 64, True)
+    assert (outcome.state, outcome.prompts, outcome.reproduced) == (State.PASS, 96, True)
 
 
 def test_rounding_is_the_same_and_one_lost_answer_is_not() -> None:
@@ -79,17 +79,23 @@ def test_rounding_is_the_same_and_one_lost_answer_is_not() -> None:
     assert not judged(worse(base, kl=0.003), base, same_plan=True).reproduced
 
 
+def test_the_same_numbers_on_all_of_a_few_prompts_pass() -> None:
+    base = prompts(20)
+    assert judged(base, base, same_plan=True).reproduced
+    assert judged(base, base, same_plan=False).state is State.INCONCLUSIVE
+
+
 def test_another_plan_must_pass_by_statistics_even_with_the_same_numbers() -> None:
     base = prompts()
     outcome = judged(base, base, same_plan=False)
     assert (outcome.state, outcome.reproduced) == (State.PASS, False)
-    assert outcome.prompts > 64
+    assert outcome.prompts > 96
 
 
 def test_a_large_loss_ends_early() -> None:
     base = prompts()
     outcome = judged(worse(base, kl=0.5), base)
-    assert (outcome.state, outcome.prompts) == (State.REGRESSION, 32)
+    assert (outcome.state, outcome.prompts) == (State.REGRESSION, 24)
     assert states(outcome)["KL rise"] is State.REGRESSION
 
 
@@ -126,7 +132,7 @@ def test_without_a_baseline_the_full_cache_is_the_measure() -> None:
 def test_an_absolute_limit_holds_where_the_baseline_breaks_it_too() -> None:
     base = prompts(score=0.8)
     outcome = judged(base, base, same_plan=True, limits=replace(LIMITS, min_recovery=0.95))
-    assert (outcome.state, outcome.prompts) == (State.REGRESSION, 32)
+    assert (outcome.state, outcome.prompts) == (State.REGRESSION, 24)
     assert states(outcome)["recovery loss"] is State.REGRESSION
     assert State.REGRESSION not in (states(outcome)["score loss"], states(outcome)["KL rise"])
 
@@ -142,7 +148,7 @@ def test_bytes_are_exact(change: dict[str, int], name: str) -> None:
     assert judged(base, base, same_plan=True, limits=limits).state is State.PASS
     over = [replace(r, **change) for r in base]
     outcome = judged(over, base, same_plan=True, limits=limits)
-    assert states(outcome)[name] is State.REGRESSION and outcome.prompts == 32
+    assert states(outcome)[name] is State.REGRESSION and outcome.prompts == 24
 
 
 def test_a_cache_above_its_plan_is_a_regression_of_that_policy_alone() -> None:
@@ -155,8 +161,8 @@ def test_a_cache_above_its_plan_is_a_regression_of_that_policy_alone() -> None:
 
     asked = [Asked(name=name, limits=LIMITS, base=base, same_plan=True) for name in "ab"]
     good, bad = check(measure, asked, range(250))
-    assert (good.state, good.prompts) == (State.PASS, 64)
-    assert (bad.state, bad.prompts, bad.broken) == (State.REGRESSION, 32, "b.yaml: a cache holds 41 bytes")
+    assert (good.state, good.prompts) == (State.PASS, 96)
+    assert (bad.state, bad.prompts, bad.broken) == (State.REGRESSION, 24, "b.yaml: a cache holds 41 bytes")
 
 
 def test_a_decided_policy_is_measured_no_more() -> None:
@@ -172,7 +178,12 @@ def test_a_decided_policy_is_measured_no_more() -> None:
         [Asked(name=n, limits=LIMITS, base=base, same_plan=True) for n in ("bad", "same", "unclear")],
         range(250),
     )
-    assert steps == [(["bad", "same", "unclear"], 32), (["same", "unclear"], 32), (["unclear"], 64), (["unclear"], 122)]
+    assert steps == [
+        (["bad", "same", "unclear"], 24),
+        (["same", "unclear"], 24),
+        (["same", "unclear"], 48),
+        (["unclear"], 154),
+    ]
 
 
 def test_the_most_harmed_prompts_are_named() -> None:

@@ -60,9 +60,9 @@ def test_the_worst_state_wins() -> None:
 
 
 def test_looks_double_and_end_with_all_prompts() -> None:
-    assert looks(250) == [32, 64, 128, 250]
-    assert looks(300) == [32, 64, 128, 300]
-    assert looks(40) == [40]
+    assert looks(250) == [24, 48, 96, 250]
+    assert looks(300) == [24, 48, 96, 192, 300]
+    assert looks(30) == [30]
     assert looks(5) == [5]
 
 

@@ -81,7 +81,7 @@ def test_another_policy_under_the_same_name_is_red(here: Path, capsys: pytest.Ca
     save_policy(Policy(layers=(LayerPolicy(), LayerPolicy())), here / "a.yaml")
     assert kvplan_check(*A, "--baseline", "base.json", "--junit", "out.xml") == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("a: regression after 32 of 70 prompts: bytes planned ")
+    assert last.startswith("a: regression after 24 of 70 prompts: bytes planned ")
     (failure,) = ElementTree.parse(here / "out.xml").getroot().iter("failure")
     assert failure.get("type") == "regression" and "at most" in str(failure.get("message"))
 
