@@ -97,9 +97,11 @@ def command(
     inputs = replace(read_inputs(files, storage, study), context=context)
     if prompt_file is not None and (inputs.policy is None or not sample):
         raise KVPlanError("--prompt-file is for the kept tokens of a policy: give a policy, and leave out --no-sample")
-    # Budgets and bytes are drawn for the sample's length, unless --context says otherwise.
-    wanted = plot in (None, "kept") or (plot in ("budgets", "bytes") and context is None)
-    if sample and wanted and inputs.policies:
+    if not data:
+        from kvplan.report.plots.base import figure_class
+
+        figure_class()  # what is missing is said before the model runs
+    if sample and plot in (None, "kept") and inputs.policies:
         found = _sample(inputs, prompt_file, max_tokens, (model, dtype, device, trust_remote_code))
         inputs = replace(inputs, sample=found)
     if plot is None:
@@ -125,12 +127,16 @@ def _sample(
     """Run the model of the first policy on the prompt."""
     from kvplan.cli.console import note
     from kvplan.cli.run import load_for
+    from kvplan.errors import ModelError
     from kvplan.report.sample import sample
 
     chosen = inputs.policies[0]
     name, dtype, device, trust = load
     note("running the model on a sample prompt")
-    network, tokenizer, spec = load_for(chosen.path, chosen.policy, name, dtype, device, trust)
+    try:
+        network, tokenizer, spec = load_for(chosen.path, chosen.policy, name, dtype, device, trust)
+    except ModelError as error:
+        raise ModelError(f"{error}; --no-sample makes the report without the model") from error
     limit = min(max_tokens, spec.max_context_tokens or max_tokens)
     ids, source = _prompt(tokenizer, prompt_file, limit)
     return sample(network, tokenizer, spec, chosen.policy, ids, source)

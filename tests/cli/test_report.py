@@ -82,6 +82,7 @@ def test_numbers_go_to_standard_output(files: list[str]) -> None:
         (["--plot", "pareto", "-o", "p.pdf"], r"p.pdf: pictures are written as .svg or .png"),
         (["--plot", "history"], "'history' cannot be drawn from these files: it needs a search's journal"),
         (["--prompt-file", "x.txt", "--no-sample"], "--prompt-file is for the kept tokens of a policy"),
+        (["--model", "no/such/folder"], "no/such/folder: .*; --no-sample makes the report without the model"),
         (["--study", "mine"], "say with --storage where"),
         (["--storage", "none.journal"], "none.journal: no such file"),
         (["-o", "results.json"], "this command reads that file"),

@@ -55,10 +55,9 @@ class Page:
         Raises:
             KVPlanError: matplotlib is missing.
         """
-        figure_class = _figure_class()
-        return figure_class(
-            figsize=(self.width / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor="none"
-        )
+        size = (self.width / _DPI, height / _DPI)
+        made: Figure = figure_class()(figsize=size, dpi=_DPI, layout="constrained", facecolor="none")
+        return made
 
     def axes(self, height: float) -> tuple[Figure, Axes]:
         figure = self.figure(height)
@@ -67,7 +66,12 @@ class Page:
         return figure, axes
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
+    """matplotlib's `Figure`.
+
+    Raises:
+        KVPlanError: it is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

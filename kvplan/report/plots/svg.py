@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvplan.errors import KVPlanError
 from kvplan.files import write_bytes, write_text
-from kvplan.report.plots.base import Page, Plot
+from kvplan.report.plots.base import Page, Plot, figure_class
 from kvplan.report.plots.colours import LIGHT, as_variables
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ def _hundredths(number: re.Match[str]) -> str:
 
 def _style(name: str) -> Any:
     """What all drawings have in common; `name` makes the ids inside a drawing its own, and the same each time."""
-    from kvplan.report.plots.base import _figure_class
-
-    _figure_class()  # says in one line when matplotlib is missing
+    figure_class()  # says in one line when matplotlib is missing
     import matplotlib
 
     return matplotlib.rc_context(
