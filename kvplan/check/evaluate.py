@@ -57,6 +57,7 @@ def evaluate(
     batch_tokens: int = 16384,
     speed_tokens: int = 32,
     speed_rounds: int = 3,
+    with_costs: bool = True,
     settings: Mapping[str, str | int | bool | None] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Results:
@@ -72,6 +73,7 @@ def evaluate(
         batch_tokens: Most prompt tokens that are run together; prompts whose answers are generated run alone.
         speed_tokens: Decoded to measure speed after the longest prompt; 0: speed is not measured.
         speed_rounds: Of that, after one that warms up.
+        with_costs: Measure bytes, peak and speed on the longest prompt.
         progress: Called with a stage, what is done of it and how much it is.
 
     Raises:
@@ -107,14 +109,18 @@ def evaluate(
         done += 1
         progress("bytes and speed", done, total)
 
-    held = costs(
-        model,
-        spec,
-        {candidate.name: candidate.policy for candidate in everything},
-        longest.prompt_ids,
-        new_tokens=speed_tokens,
-        repeats=speed_rounds,
-        progress=advance,
+    held = (
+        {}
+        if not with_costs
+        else costs(
+            model,
+            spec,
+            {candidate.name: candidate.policy for candidate in everything},
+            longest.prompt_ids,
+            new_tokens=speed_tokens,
+            repeats=speed_rounds,
+            progress=advance,
+        )
     )
     results = []
     for candidate, found, told, values in zip(everything, measured, texts, scores, strict=True):
@@ -126,7 +132,7 @@ def evaluate(
                 source=candidate.source,
                 fingerprint=policy_fingerprint(candidate.policy),
                 rows=rows,
-                cost=held[candidate.name],
+                cost=held.get(candidate.name),
             )
         )
     return Results(

@@ -208,7 +208,7 @@ class _Job:
             scorer=self.prompts.scorer,
             seed=self.prompts.seed,
             batch_tokens=1,
-            speed_tokens=0,
+            with_costs=False,
             settings=self.prompts.settings(),
             progress=progress,
         )
