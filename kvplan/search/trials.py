@@ -137,14 +137,18 @@ def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
 def _importance(trials: Sequence[optuna.trial.FrozenTrial]) -> dict[str, float]:
     """PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255): how much the best trials' choices stand out, summing to 1."""
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    if len(complete) < MIN_TRIALS:
+    # What never varied cannot matter, and in few trials the estimate of it is anything.
+    common = set.intersection(*(set(trial.params) for trial in complete)) if complete else set()
+    varied = [name for name in sorted(common) if len({trial.params[name] for trial in complete}) > 1]
+    if len(complete) < MIN_TRIALS or not varied:
         return {}
     with _silent():
         study = optuna.create_study(directions=["minimize"] * len(complete[0].values))
         study.add_trials(complete)
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE)
         try:
-            found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP_SHARE))
-        except (ValueError, RuntimeError):  # no parameter is in all trials, or all scored the same
+            found = get_param_importances(study, evaluator=evaluator, params=varied)
+        except (ValueError, RuntimeError):  # all scored the same
             return {}
     return {name: share for name, share in found.items() if math.isfinite(share)}
 

@@ -93,7 +93,14 @@ def study(trials: int = 40) -> StudyRecord:
             "shared_layers": 1,
         }
         found.append(TrialRecord(number, label, params, tuple(kl * draw.uniform(0.5, 1.5) for _ in range(8)), 0.4))
-    importance = {"evictor.a": 0.5, "scale.a": 0.2, "scale.b": 0.15, "shared_layers": 0.1, "h2o.window": 0.05}
+    importance = {
+        "evictor.a": 0.5,
+        "scale.a": 0.2,
+        "scale.b": 0.15,
+        "shared_layers": 0.1,
+        "evictor.ab": 0.04,
+        "h2o.window": 0.01,
+    }
     return StudyRecord(tuple(found), importance, {"a": (0, 1, 2), "b": (3, 5, 7)})
 
 

@@ -55,6 +55,14 @@ def test_importances_are_of_the_searched_parameters_and_sum_to_one(journal: tupl
     assert all(set(layers) <= set(range(8)) for layers in record.groups.values())
 
 
+def test_a_parameter_that_never_varied_has_no_importance(tmp_path: Path) -> None:
+    run(tmp_path / "x.journal", trials=10)
+    record = read_study(tmp_path / "x.journal")
+    constant = {name for name in record.trials[0].params if len({t.params[name] for t in record.trials}) == 1}
+    assert constant and record.importance and not constant & set(record.importance)
+    assert sum(record.importance.values()) == pytest.approx(1.0)
+
+
 def test_few_trials_say_nothing_about_parameters(tmp_path: Path) -> None:
     run(tmp_path / "x.journal", trials=4)
     assert read_study(tmp_path / "x.journal").importance == {}

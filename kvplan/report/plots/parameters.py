@@ -87,12 +87,11 @@ class ParametersPlot(Plot[Parameters]):
 def _meaning(name: str, study: StudyRecord) -> str:
     """`scale.a` -> 'memory of layers 0-2'."""
     kind, _, rest = name.partition(".")
-    layers = (
-        f"layers {layer_ranges(list(study.groups[rest])).replace(',', ', ')}"
-        if rest in study.groups
-        else f"group {rest}"
-    )
+    # Groups that are decided alike stand together: `evictor.bc`.
+    together = sorted(layer for group in rest for layer in study.groups.get(group, ()))
+    layers = f"layers {layer_ranges(together).replace(',', ', ')}" if together else f"group {rest}"
     plain = {
+        "mem": "the memory target",
         "split": "how memory is split over layers",
         "shared_layers": "how many layers share",
         "split_heads": "whether heads get unequal parts",
