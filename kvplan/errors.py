@@ -17,19 +17,24 @@ MemoryPlanExceeded (1)   measured bytes above the plan: a finding, not a usage e
 
 from __future__ import annotations
 
+MAX_CHARACTERS = 1000  # of a line; what is longer quotes a whole file
+
 
 class KVPlanError(ValueError):
-    """Base of every error that a user can cause or fix."""
+    """Base of every error that a user can cause or fix: a line that a terminal shows and does not obey."""
 
     exit_code = 2
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(map(_shown, lines)))
 
 
 class PolicyError(KVPlanError):
     """A policy breaks a rule. `problems` holds every one found, a line each."""
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
+        self.problems = [_shown(p) for p in ([problems] if isinstance(problems, str) else problems)]
+        super().__init__(*self.problems)
 
 
 class ModelError(KVPlanError):
@@ -78,3 +83,15 @@ class MemoryPlanExceeded(KVPlanError):
     """Measured bytes are above the planned ones."""
 
     exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or of a device. Told by name and text: no torch here, and on a CPU torch has no class for it."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def _shown(line: str) -> str:
+    """Parts of it come from files, so they may hold anything; a surrogate could not even be printed."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 205]} ... {text[-200:]}"

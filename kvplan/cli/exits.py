@@ -21,7 +21,7 @@ import typer
 
 from kvplan.cli import config
 from kvplan.cli.console import BROKEN_PIPE_EXIT, error, silence_stdout
-from kvplan.errors import KVPlanError
+from kvplan.errors import KVPlanError, is_out_of_memory
 
 FINDING_EXIT = 1
 USAGE_EXIT = 2
@@ -126,6 +126,9 @@ def _report(failure: Exception) -> int:
     if _disk_full(failure):
         name = getattr(failure, "filename", None)
         error(f"no space left on the disk{f' for {name}' if name else ''}; free some, then run the command again")
+        return USAGE_EXIT
+    if is_out_of_memory(failure):
+        error("out of memory; give fewer or shorter prompts, smaller batches or a lower --replay-memory")
         return USAGE_EXIT
     text = str(failure).strip()
     what = f"{type(failure).__name__}: {text.splitlines()[0]}" if text else type(failure).__name__

@@ -45,10 +45,10 @@ def summary(result: SearchResult) -> Text:
     exact = "" if task is None else f"; {task:.1%} of the answers exact"
     notes.append(f"{size} for a prompt of {result.context_tokens} tokens{exact}")
     text.append("".join("\n" + textwrap.fill(told, WIDTH, subsequent_indent="  ") for told in notes))
-    if result.num_failed:
-        text.append(
-            f"\nnote: {result.num_failed} of {len(result.trials)} trials scored nan and were not used", "yellow"
-        )
+    lacked = result.num_out_of_memory
+    for count, what in ((result.num_failed - lacked, "scored nan"), (lacked, "ran out of memory")):
+        if count:
+            text.append(f"\nnote: {count} of {len(result.trials)} trials {what} and were not used", "yellow")
     return text
 
 
@@ -69,7 +69,8 @@ def distance(found: Answer) -> str:
 
 def trial_line(row: TrialRow, held: float, is_best: bool) -> str:
     """One trial for the log: its number, score, share of the full cache (0 to 1) and what was tried."""
-    score = f"KL {row.kl:.4f}" if row.is_valid else "no score"
+    nothing = "out of memory, skipped" if row.out_of_memory else "no score"
+    score = f"KL {row.kl:.4f}" if row.is_valid else nothing
     task = None if row.scores is None else row.scores.mean_task
     exact = "" if task is None else f", {task:.0%} exact"
     best = " (best so far)" if is_best else ""
@@ -159,6 +160,7 @@ def as_data(result: SearchResult) -> dict[str, Any]:
         ],
         "resumed_trials": result.resumed,
         "failed_trials": result.num_failed,
+        "out_of_memory_trials": result.num_out_of_memory,
     }
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-LABEL, SCORES, SHARE = "label", "scores", "share"
+LABEL, SCORES, SHARE, OUT_OF_MEMORY = "label", "scores", "share", "out_of_memory"
 _VOID, _RETRY_OF, _RETRIES = "void", "retry_of", "retries"
 MAX_RETRIES = 2  # a policy that kills its process (out of memory) would else do so for ever
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvplan.errors import StudyError
+import torch
+
+from kvplan.errors import StudyError, is_out_of_memory
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import BytesPlan, plan
 from kvplan.policy.schema import Policy
@@ -23,7 +25,10 @@ SEARCHED = "search"  # the label of a trial that the sampler chose
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. `scores` are on the search prompts, or None when it was not scored on them; `rank` is theirs."""
+    """One trial. `scores` are on the search prompts, or None when it was not scored on them; `rank` is theirs.
+
+    Out of memory: it could not be scored, so its scores are nan.
+    """
 
     number: int
     label: str
@@ -31,6 +36,7 @@ class TrialRow:
     policy: Policy
     scores: PromptScores | None
     rank: Rank = (0.0, math.nan)
+    out_of_memory: bool = False
 
     @property
     def kl(self) -> float:
@@ -93,6 +99,11 @@ class SearchResult:
     def num_failed(self) -> int:
         return sum(row.scores is not None and not row.is_valid for row in self.trials)
 
+    @property
+    def num_out_of_memory(self) -> int:
+        """How many of the failed ones could not be scored at all."""
+        return sum(row.out_of_memory for row in self.trials)
+
 
 def confirm(
     rows: Sequence[TrialRow],
@@ -116,13 +127,13 @@ def confirm(
     entries = []
     on_confirm(0, len(chosen))
     for done, row in enumerate(chosen, 1):
-        scores = score(row.policy, list(prompts))
+        scores, _ = try_score(score, row.policy, list(prompts))
         rank = judge.rank(scores, prompts)
         if all(map(math.isfinite, rank)):
             entries.append(Finalist(row, scores, bootstrap(scores.kl, seed=seed), rank))
         on_confirm(done, len(chosen))
     if not entries:
-        raise StudyError("no candidate gave a score on the confirmation prompts: all were nan")
+        raise StudyError("no candidate gave a score on the confirmation prompts: all were nan or out of memory")
     entries.sort(key=lambda f: f.rank)
     winner = entries[0]
     recipe = min((f for f in entries if f.trial.label in recipes), key=lambda f: f.rank, default=None)
@@ -142,6 +153,20 @@ def confirm(
         context_tokens=context_tokens,
         goal=judge.objective.goal,
     )
+
+
+def try_score(score: Score, policy: Policy, prompts: list[int]) -> tuple[PromptScores, bool]:
+    """The scores, and whether memory ran out instead: then they are nan."""
+    try:
+        return score(policy, prompts), False
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not in the handler: there the traceback still holds the tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    none = (math.nan,) * len(prompts)
+    return PromptScores(kl=none, top1=none, task=none, nll=none), True
 
 
 def _front(finalists: Sequence[Finalist], held: Callable[[Policy], int]) -> tuple[Finalist, ...]:

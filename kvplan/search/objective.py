@@ -71,13 +71,16 @@ class Objective:
         return math.log(max(total, SMALLEST)) if math.isfinite(total) else math.nan
 
     def shortfalls(self, scores: PromptScores, tasks: Sequence[str]) -> dict[str, float]:
-        """Task -> how far it is below its floor; <= 0 where the floor holds.
+        """Task -> how far it is below its floor; <= 0 where the floor holds, nan where nothing could be scored.
 
         Args:
             tasks: Of each prompt of `scores`.
         """
+        right = {
+            task: [s for s, t in zip(scores.task, tasks, strict=True) if t == task and s == s] for task in self.floors
+        }
         return {
-            task: floor - float(np.mean([s for s, t in zip(scores.task, tasks, strict=True) if t == task and s == s]))
+            task: floor - float(np.mean(right[task])) if right[task] else math.nan
             for task, floor in self.floors.items()
         }
 

@@ -20,9 +20,9 @@ from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import LayerPolicy, Policy, Target
 from kvplan.search.budget import Protection
-from kvplan.search.claims import LABEL, SCORES, SHARE, Ledger, is_given_up
+from kvplan.search.claims import LABEL, OUT_OF_MEMORY, SCORES, SHARE, Ledger, is_given_up
 from kvplan.search.compile import Params
-from kvplan.search.confirm import SEARCHED, Score, SearchResult, TrialRow, confirm, state
+from kvplan.search.confirm import SEARCHED, Score, SearchResult, TrialRow, confirm, state, try_score
 from kvplan.search.decisions import Decisions
 from kvplan.search.decisions import decisions as default_decisions
 from kvplan.search.definition import Definition, MeasuredProfile
@@ -162,7 +162,9 @@ def search(
             prepare(search_prompts)
         run.work(shared, trials, deadline, report, say)
     if run.best is None:
-        raise StudyError(f"no trial gave a score: {len(run.rows)} were tried, and all were nan")
+        lacked = sum(row.out_of_memory for row in run.rows)
+        why = f"{lacked} ran out of memory, and the others were nan" if lacked else "and all were nan"
+        raise StudyError(f"no trial gave a score: {len(run.rows)} were tried, {why}")
     recipes = [start.label for start in starts if start.is_recipe]
     prepare(confirm_prompts)
     result = confirm(run.rows, recipes, score, confirm_prompts, context, seed, spec, on_confirm, judge)
@@ -251,7 +253,8 @@ class TrialRun:
             params = self.space.params(trial.params)
             policy = self.compiler.compile(params, self.provenance)
             label = trial.user_attrs.get(LABEL, SEARCHED)
-            self._add(self._row(trial.number, label, params, policy, _unpack(trial.user_attrs[SCORES])))
+            row = self._row(trial.number, label, params, policy, _unpack(trial.user_attrs[SCORES]))
+            self._add(replace(row, out_of_memory=OUT_OF_MEMORY in trial.user_attrs))
         return self.best is not before
 
     def trial(self, shared: SharedStudy, trial: optuna.Trial) -> None:
@@ -261,7 +264,11 @@ class TrialRun:
                 with _one_thread():
                     params = self.space.suggest(trial)
                 policy = self.compiler.compile(params, self.provenance)
-                scores = self._scored.get(policy.layers) or self.score(policy, self.prompts)
+                scores, lacked = self._scored.get(policy.layers), False
+                if scores is None:
+                    scores, lacked = try_score(self.score, policy, self.prompts)
+                if lacked:
+                    trial.set_user_attr(OUT_OF_MEMORY, True)
                 if math.isfinite(scores.mean_kl):
                     self._scored[policy.layers] = scores
                 self._tell(shared.study, trial, policy, scores)
@@ -277,10 +284,10 @@ class TrialRun:
         held = plan(policy, self._spec, [self.compiler.budget.context_tokens]).ratio
         trial.set_user_attr(SHARE, held)
         trial.set_user_attr(SCORES, _pack(scores))
-        for task, below in self.judge.shortfalls(scores, self.prompts).items():
-            trial.set_constraint(f"floor.{task}", below)
         rank = self.judge.rank(scores, self.prompts)
         if all(map(math.isfinite, rank)):
+            for task, below in self.judge.shortfalls(scores, self.prompts).items():
+                trial.set_constraint(f"floor.{task}", below)
             study.tell(trial, [rank[1], held] if self._is_front else rank[1], skip_if_finished=True)
         else:
             study.tell(trial, state=FAIL, skip_if_finished=True)

@@ -57,6 +57,7 @@ def _loud() -> Iterator[None]:
         (OSError(errno.ENOSPC, "No space left on device", "out.db"), 2, "error: no space left on the disk for out.db"),
         (RuntimeError("database or disk is full"), 2, "error: no space left on the disk;"),
         (RuntimeError("a\nb"), 70, "error: internal error: RuntimeError: a; rerun with --debug for the traceback\n"),
+        (MemoryError(), 2, "error: out of memory; give fewer or shorter prompts, smaller batches or a lower --replay"),
         (KeyError(), 70, "error: internal error: KeyError; rerun with --debug"),
         (typer.Exit(1), 1, ""),
     ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from kvplan.calibrate.facts import LayerFacts
@@ -95,14 +95,20 @@ class FakeScore:
         fail_at: The call, counted from 1, at which to raise `KeyboardInterrupt`.
         fail_at_prepare: The same for the calls of `prepare`.
         nan_at: Calls that score nan.
+        exhausted_at: Calls at which memory runs out, by what is raised then.
     """
 
     def __init__(
-        self, fail_at: int | None = None, nan_at: Sequence[int] = (), fail_at_prepare: int | None = None
+        self,
+        fail_at: int | None = None,
+        nan_at: Sequence[int] = (),
+        fail_at_prepare: int | None = None,
+        exhausted_at: Mapping[int, Exception] = MappingProxyType({}),
     ) -> None:
         self.calls: list[tuple[Policy, list[int]]] = []
         self.prepared: list[list[int]] = []
         self.fail_at, self.nan_at, self.fail_at_prepare = fail_at, nan_at, fail_at_prepare
+        self.exhausted_at = exhausted_at
 
     def prepare(self, prompts: Sequence[int], progress: Callable[[int, int], None]) -> None:
         self.prepared.append(list(prompts))
@@ -114,12 +120,14 @@ class FakeScore:
         self.calls.append((policy, list(prompts)))
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
+        if len(self.calls) in self.exhausted_at:
+            raise self.exhausted_at[len(self.calls)]
         kl = total_kl(policy) if len(self.calls) not in self.nan_at else float("nan")
         n = len(prompts)
         return PromptScores(
             kl=tuple(kl * (1 + (p % 3) / 10) for p in prompts),
             top1=(0.9,) * n,
-            task=(1.0, float("nan"))[:n] * n,
+            task=((1.0, float("nan")) * n)[:n],
             nll=(1.0,) * n,
         )
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.storages.journal import JournalFileBackend
 from search_fakes import FakeProfile, FakeScore, total_kl
 
 from kvplan.errors import StudyError, TargetError
 from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import load_policy, save_policy
+from kvplan.report.search import summary, trial_line
 from kvplan.search.confirm import SearchResult, hold_out
 from kvplan.search.objective import Judge, Objective
 from kvplan.search.samplers import make_sampler
@@ -186,6 +188,48 @@ def test_nan_scores_fail_their_trial_and_are_counted() -> None:
 def test_only_nan_scores_are_an_error() -> None:
     with pytest.raises(StudyError, match="no trial gave a score: 3 were tried, and all were nan"):
         run(FakeScore(nan_at=range(1, 99)), trials=3)
+
+
+EXHAUSTED = {
+    1: MemoryError(),
+    3: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    4: RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"),
+}
+
+
+def test_a_trial_out_of_memory_is_skipped_counted_and_told(tmp_path: Path) -> None:
+    lines: list[str] = []
+    result = run(
+        FakeScore(exhausted_at=EXHAUSTED, nan_at=[2]),
+        trials=8,
+        storage=tmp_path / "s.journal",
+        on_trial=lambda row, best, done: lines.append(trial_line(row, 0.4, row is best)),
+    )
+    assert (len(result.trials), result.num_failed, result.num_out_of_memory) == (8, 4, 3)
+    assert "out of memory, skipped" in lines[0] and "no score" in lines[1]
+    told = summary(result).plain
+    assert "3 of 8 trials ran out of memory and were not used" in told
+    assert "1 of 8 trials scored nan and were not used" in told
+    again = run(FakeScore(), trials=9, storage=tmp_path / "s.journal")
+    assert (again.resumed, again.num_out_of_memory) == (8, 3)
+
+
+@pytest.mark.parametrize("calls", [range(1, 99), range(4, 99)])
+def test_only_trials_out_of_memory_are_an_error(calls: Sequence[int]) -> None:
+    told = "3 ran out of memory" if 1 in calls else "on the confirmation prompts: all were nan or out of memory"
+    with pytest.raises(StudyError, match=told):
+        run(FakeScore(exhausted_at={call: MemoryError() for call in calls}), trials=3)
+
+
+def test_another_failure_of_a_trial_is_not_skipped() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(FakeScore(exhausted_at={2: RuntimeError("a bug")}), trials=3)
+
+
+def test_a_trial_out_of_memory_meets_no_floor_and_stops_no_search() -> None:
+    judge = Judge(Objective("kl", {"a": 0.5}), ["a"] * 12)
+    result = run(FakeScore(exhausted_at=EXHAUSTED), trials=8, judge=judge)
+    assert result.num_out_of_memory == 3
 
 
 def test_no_trials_is_the_knapsack_scored_on_the_confirmation_prompts() -> None:
