@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
+
+# For `make nightly`: `pytest --hypothesis-profile nightly`.
+settings.register_profile("nightly", deadline=None, print_blob=True)
 
 TINY = {
     "vocab_size": 128,

@@ -169,9 +169,9 @@ class Results:
             raise ResultsError(f"no policy is named '{FULL_CACHE}'; the others are compared with it")
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ResultsError(f"two policies are named '{twice}'")
-        ids = [row.id for row in self.policies[0].rows]
+        prompts = [_prompt(row) for row in self.policies[0].rows]
         for policy in self.policies:
-            if [row.id for row in policy.rows] != ids or len(ids) != self.data.prompts:
+            if [_prompt(row) for row in policy.rows] != prompts or len(prompts) != self.data.prompts:
                 raise ResultsError(
                     f"policy '{policy.name}' has rows of other prompts than '{self.policies[0].name}' or not "
                     f"{self.data.prompts} of them; scores are compared prompt by prompt"
@@ -192,6 +192,11 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         return {RESULTS_KEY: FORMAT_VERSION, **asdict(self)}
+
+
+def _prompt(row: PromptRow) -> tuple[Any, ...]:
+    """What a row says of its prompt, whatever the policy."""
+    return (row.id, row.task, row.context_tokens, row.question_aware, row.questions, row.tokens, row.full_bytes)
 
 
 _ADAPTER = TypeAdapter(Results)

@@ -152,7 +152,11 @@ def _build_mapping(loader: _Loader, node: yaml.MappingNode, path: Path, document
 
 def _build_scalar(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> Any:
     try:
-        return loader.construct_object(node)
+        value = loader.construct_object(node)
     except ValueError:
         document.report(path, "the number has too many digits")
         return None
+    if isinstance(value, str) and (half := re.search("[\ud800-\udfff]", value)):
+        document.report(path, f"{half[0]!r} is half a character; write the character itself, in UTF-8")
+        return value.encode("utf-8", "replace").decode()
+    return value

@@ -188,6 +188,10 @@ def test_a_missing_file_is_a_plain_error(tmp_path):
 
 # Each error: the file, the whole message.
 ONE_PROBLEM = {
+    "half a character": (
+        'kvplan: 1\nprovenance: {by: "\\ud800"}\nlayers: {0: {slots: full}}\n',
+        "p.yaml:2:18: provenance.by: '\\ud800' is half a character; write the character itself, in UTF-8",
+    ),
     "empty": ("", "p.yaml:1:1: the file is empty"),
     "not a mapping": ("- 1\n", "p.yaml:1:1: a policy file is a mapping with the keys kvplan and layers"),
     "no version": (
