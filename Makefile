@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-search bench-compiled bench-gate bench-gpu bench-plans bench-scale-out \
-	policies baselines check-policies test test-service test-browser test-matrix lint format format-check types imports \
+	policies baselines check-policies test test-service test-browser test-matrix test-kill nightly lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -30,6 +30,7 @@ TRANSFORMERS ?= 5.17.0
 TORCH ?= 2.13.0
 MATRIX_TESTS ?= tests/runtime tests/policy tests/methods
 PYTEST_ARGS ?=
+KILLS ?= 10
 
 help:
 	@echo 'make demo      the whole story on the bundled model: calibrate, search, run, compare'
@@ -38,6 +39,8 @@ help:
 	@echo 'make test-service   studies on a PostgreSQL server, which the tests bring and start'
 	@echo 'make test-browser   the report in Chromium; needs chromium and chromedriver'
 	@echo 'make test-matrix TRANSFORMERS=5.17.0 TORCH=2.13.0   the runtime, policy and method tests under other versions'
+	@echo 'make test-kill KILLS=10   kill -9 at random moments of calibrate, search and eval, and run them again'
+	@echo 'make nightly   the readers on 100,000 damaged files, and 200 kills'
 	@echo 'make check     every gate: format, lint, types, imports, tests'
 	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
 
@@ -137,6 +140,13 @@ test-matrix:
 	@$(MATRIX)/bin/python -c 'import platform, torch, transformers; print("Python", platform.python_version(), \
 	  "torch", torch.__version__, "transformers", transformers.__version__)'
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) $(MATRIX_TESTS)
+
+test-kill: $(DEV)
+	$(BIN)/python tests/fuzz/kill.py --kills $(KILLS)
+
+nightly: $(DEV)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --hypothesis-profile nightly tests/fuzz $(PYTEST_ARGS)
+	$(MAKE) test-kill KILLS=200
 
 lint: $(DEV)
 	$(BIN)/ruff check .
