@@ -71,7 +71,8 @@ dev: $(DEV)
 
 demo: $(INSTALLED)
 	@rm -rf demo-out && mkdir demo-out
-	@cd demo-out && ../$(BIN)/python -m kvplan.cli.demo
+	@# Threads that spin while they wait would starve each other on cores that others use too.
+	@cd demo-out && OMP_WAIT_POLICY=PASSIVE ../$(BIN)/python -m kvplan.cli.demo
 
 # What the runtime costs and saves on a CPU, each against transformers' own cache in the same process.
 bench-decode bench-prefill bench-chunked bench-quantized bench-search: bench-%: $(INSTALLED)
