@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install dev demo bench-calibrate bench-decode bench-prefill bench-chunked bench-quantized bench-search bench-compiled bench-gate bench-gpu bench-plans bench-scale-out \
-	policies baselines check-policies test test-service test-browser test-matrix test-kill nightly lint format format-check types imports \
+	policies baselines check-policies test test-service test-browser test-matrix test-kill test-docs nightly lint format format-check types imports \
 	check wheel clean data
 
 export KVPLAN_TORCH
@@ -40,6 +40,7 @@ help:
 	@echo 'make test-browser   the report in Chromium; needs chromium and chromedriver'
 	@echo 'make test-matrix TRANSFORMERS=5.17.0 TORCH=2.13.0   the runtime, policy and method tests under other versions'
 	@echo 'make test-kill KILLS=10   kill -9 at random moments of calibrate, search and eval, and run them again'
+	@echo 'make test-docs   the command blocks of README and docs, run in order'
 	@echo 'make nightly   the readers on 100,000 damaged files, and 200 kills'
 	@echo 'make check     every gate: format, lint, types, imports, tests'
 	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
@@ -143,7 +144,10 @@ test-matrix:
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(MATRIX)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) $(MATRIX_TESTS)
 
 test-kill: $(DEV)
-	$(BIN)/python tests/fuzz/kill.py --kills $(KILLS)
+	$(BIN)/python -m tests.fuzz.kill --kills $(KILLS)
+
+test-docs: $(DEV)
+	$(BIN)/python -m tests.docs.run_commands
 
 nightly: $(DEV)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --hypothesis-profile nightly tests/fuzz $(PYTEST_ARGS)

@@ -60,7 +60,7 @@ class Command(TyperCommand):
             return super().invoke(ctx)
         path = tuple(ctx.command_path.split()[1:])
         rows = [(_spelled(p), _shown(ctx.params.get(p.name)), _origin(ctx, path, p)) for p in self.params if p.name]
-        width = max(len(name) for name, _, _ in rows)
+        width = max((len(name) for name, _, _ in rows), default=0)
         for name, value, origin in rows:
             print(f"{name:{width}}  {value}  ({origin})")
         return None

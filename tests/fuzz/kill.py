@@ -1,7 +1,6 @@
-"""kill -9 at random moments of `kvplan calibrate`, `search` and `eval`: python tests/fuzz/kill.py --kills 10
+"""kill -9 at random moments of `kvplan calibrate`, `search` and `eval`: python -m tests.fuzz.kill --kills 10
 
 After every kill each file that is there must be whole; the same command, run again, must end as if it was never killed.
-The commands run in forks of this process, which has imported everything, so that a run is a second and not ten.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.forks import prepare, start, wait
 
 TRIALS = 6  # all of them warm starts, so that an interrupted search must find what an unbroken one finds
 SHORT = ["--max-tokens", "96"]
@@ -74,38 +75,6 @@ JOBS = {
         ["b.jsonl", "policy.yaml"], results_of,
     ),
 }  # fmt: skip
-
-
-def start(argv: list[str], folder: Path) -> int:
-    """A `kvplan` in that folder; returns its process."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        os.chdir(folder)
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        from kvplan.cli.app import app
-        from kvplan.cli.exits import run_app
-
-        code = run_app(app, argv)
-    finally:
-        os._exit(code)
-
-
-def wait(child: int, seconds: float) -> int | None:
-    """The exit code, negative for a signal; None when it still runs after that time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return None
-        time.sleep(min(left, 0.005))
 
 
 def run(argv: list[str], folder: Path) -> float:
@@ -170,9 +139,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=None, help="of the moments; printed when it is drawn")
     given = parser.parse_args()
-    # Read when torch and numpy are imported: a process with threads cannot be forked.
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    prepare()
     seed = random.randrange(10**6) if given.seed is None else given.seed
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as root:
@@ -180,11 +147,6 @@ def main() -> None:
 
 
 def kill_all(root: Path, kills: int, draw: random.Random, seed: int) -> None:
-    import kvplan.check.scoring
-    import kvplan.cli.app
-    import kvplan.search.study  # noqa: F401 - before the forks
-
-    optuna_quiet()
     unbroken = root / "unbroken"
     unbroken.mkdir()
     write_prompts(unbroken)
@@ -218,12 +180,6 @@ def kill_all(root: Path, kills: int, draw: random.Random, seed: int) -> None:
             raise SystemExit(f"kvplan {name}, killed (seed {seed}, kill {done}), then run again, left\n\n{shown}")
     told = f"{done} kills (seed {seed}; {ended} came too late): every file whole, every rerun as unbroken"
     print(f"{told}; {left} hidden temporary files left")
-
-
-def optuna_quiet() -> None:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 if __name__ == "__main__":
