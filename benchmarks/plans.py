@@ -116,7 +116,10 @@ class Bench:
             if split != "uniform":
                 yield f"{split} {best}", recipe(split, best)
         one = Decisions(("evictor", "params"))
-        yield TUNED, lambda: self._sampled(*space_for(self.profile, budget, one, groups=1, codecs=["dense"]), "gp")
+        yield (
+            TUNED,
+            lambda: self._sampled(*space_for(self.profile, budget, one, groups=1, codecs=["dense"]), "gp", True),
+        )
         yield RANDOM, lambda: self._sampled(*space_for(self.profile, budget), "random")
         yield SOLVED, lambda: self._searched(share, 0, BASIC)
         yield TOKENS, lambda: self._searched(share, self.trials, ("budget", "evictor"))
@@ -137,13 +140,16 @@ class Bench:
         )
         return Made(found.policy, trials, searched=True)
 
-    def _sampled(self, compiler: Compiler, space: SearchSpace, sampler: str) -> Made:
-        """As many trials as kvplan, without its warm starts; the winner chosen as kvplan chooses it."""
+    def _sampled(self, compiler: Compiler, space: SearchSpace, sampler: str, from_recipes: bool = False) -> Made:
+        """As many trials as kvplan, the first of them recipes or none; the winner chosen as kvplan chooses it."""
         samplers = {
             "random": lambda: optuna.samplers.RandomSampler(seed=self.seed),
             "gp": lambda: optuna.samplers.GPSampler(seed=self.seed, warn_independent_sampling=False),
         }
         study = optuna.create_study(sampler=samplers[sampler]())
+        for start in space.warm_starts() if from_recipes else ():
+            if start.is_recipe:
+                study.enqueue_trial(space.flat(start.params))
         judge, rows = Judge(), []
         for number in range(self.trials):
             trial = study.ask()
