@@ -32,6 +32,7 @@ app = typer.Typer(
     help="Plan, search and run a KV-cache policy for a transformers model under a memory target.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's boxes cut long options off at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

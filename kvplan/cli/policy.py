@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 CONTEXT = 1024  # prompt tokens, unless told
 
-app = typer.Typer(no_args_is_help=True, help="Show, check and compare policy files.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, check and compare policy files.")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A policy file.")]
 Context = Annotated[int, typer.Option("--context", min=1, help="Prompt tokens of every row.")]

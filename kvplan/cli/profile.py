@@ -9,7 +9,9 @@ import typer
 
 from kvplan.cli.config import Command
 
-app = typer.Typer(no_args_is_help=True, help="Show profiles and merge those of several shards of prompts.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Show profiles and merge those of several shards of prompts."
+)
 
 
 @app.command(cls=Command)

@@ -95,9 +95,13 @@ def _layer_line(index: int, layer: LayerPolicy, share: float, context_tokens: in
     told = layer_text(layer)
     if not told:
         return line.append("\n")
-    note = f" (min {layer.min_slots})" if floor_binds(layer, [context_tokens]) else ""
-    line.append("  ").append(_clip(told, WIDTH - len(line) - len(note)), colours[layer.evictor.name])
-    return line.append(note + "\n")
+    note = f" (min\N{NO-BREAK SPACE}{layer.min_slots})" if floor_binds(layer, [context_tokens]) else ""
+    begin = len(line) + 2
+    first, *rest = (part.replace("\N{NO-BREAK SPACE}", " ") for part in textwrap.wrap(told + note, WIDTH - begin))
+    line.append("  ").append(first + "\n", colours[layer.evictor.name])
+    for more in rest:
+        line.append(" " * begin + more + "\n", colours[layer.evictor.name])
+    return line
 
 
 @dataclass(frozen=True)
