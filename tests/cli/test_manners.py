@@ -90,9 +90,5 @@ def test_a_long_list_of_methods_is_wrapped_not_cut() -> None:
     text = picture(Policy(layers=(layer,)), 100).plain
     assert max(map(len, text.splitlines())) <= 80
     told = " ".join(text.split())
-    assert (
-        "window_tokens=17" in told
-        and "kernel_size=9" in told
-        and "(min 64)" in told
-        and ".." not in told.split("]")[-1]
-    )
+    assert all(part in told for part in ("window_tokens=17", "keys int8, values dense", "(min 64)"))
+    assert ".." not in told.split("]")[-1]

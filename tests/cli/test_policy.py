@@ -47,12 +47,13 @@ def run(*args) -> str:
 def test_show_draws_every_layer_without_colour(policy_file):
     lines = run("show", policy_file).splitlines()
     assert lines[:2] == ["model   llama, bfloat16, 4 layers", "target  40% of the full cache"]
-    rows = lines[4:9]
+    rows = lines[4:10]
     assert rows[0] == "    0     full  [" + "#" * 28 + "]"
     assert rows[1].startswith("    1       5%  [##....") and "snapkv(" in rows[1]
-    assert rows[2].startswith(" " * 48) and rows[2].endswith("(min 64)")  # what does not fit goes on below
-    assert rows[3] == "    2        -  -> layer 1"
-    assert rows[4] == "    3      256  [" + "#" * 7 + "." * 21 + "]  h2o"
+    assert rows[2] == " " * 48 + "pool_width=7, pooling=max)"  # what does not fit goes on below
+    assert rows[3] == " " * 48 + "(min 64)"
+    assert rows[4] == "    2        -  -> layer 1"
+    assert rows[5] == "    3      256  [" + "#" * 7 + "." * 21 + "]  h2o"
     assert lines[-1] == "32.8% of the slots of a full cache after a prompt of 1024 tokens"
 
 
