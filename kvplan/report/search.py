@@ -74,7 +74,7 @@ def trial_line(row: TrialRow, held: float, is_best: bool) -> str:
     task = None if row.scores is None else row.scores.mean_task
     exact = "" if task is None else f", {task:.0%} exact"
     best = " (best so far)" if is_best else ""
-    return f"trial {row.number:>3}: {score}{exact}, {held:.1%} of full, {name(row)}{best}"
+    return f"trial {row.number:>3}: {score}{exact}, {held:.1%} of full, {_whole_name(row)}{best}"
 
 
 def live_table(rows: Sequence[TrialRow], held: Callable[[TrialRow], float], seed: int = 0) -> Table:
@@ -101,6 +101,10 @@ def _line(finalist: Finalist) -> str:
     searched = f"{row.kl:.4f}" if row.is_valid else "-"
     span = f"[{interval.low:.4f}, {interval.high:.4f}]"
     return f"{name(row):{_LABEL}}{row.number:>5}{searched:>10}{finalist.kl:>11.4f}  {span:17}{top1:>7.1%}\n"
+
+
+def _whole_name(row: TrialRow) -> str:
+    return row.label if row.label != SEARCHED else _described(row.params, row.params.evictors)
 
 
 def name(row: TrialRow) -> str:
