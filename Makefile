@@ -42,6 +42,8 @@ help:
 	@echo 'make test-kill KILLS=10   kill -9 at random moments of calibrate, search and eval, and run them again'
 	@echo 'make test-docs   the command blocks of README and docs, run in order'
 	@echo 'make nightly   the readers on 100,000 damaged files, and 200 kills'
+	@echo 'make policies  the shipped policies, made anew;  make baselines   what make check-policies holds them to'
+	@echo 'make bench-NAME   NAME: calibrate decode prefill chunked quantized compiled search plans gate scale-out gpu'
 	@echo 'make check     every gate: format, lint, types, imports, tests'
 	@echo 'make format    rewrite the sources;  make wheel   dist/*.whl;  make data   calib_data/;  make clean'
 
