@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kvplan.errors import KVPlanError
@@ -57,6 +58,36 @@ def check_writable(path: Path, inputs: Iterable[str | Path | None] = ()) -> None
             pass
     except OSError as error:
         raise KVPlanError(f"{path}: cannot write there ({error.strerror})") from error
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path, owner: str) -> Iterator[None]:
+    """Hold `path` against processes that would overwrite it with something else. The kernel frees it when we die.
+
+    Args:
+        owner: What writes it; processes of the same owner share it.
+
+    Raises:
+        KVPlanError: a process of another owner holds it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            if (other := file.read()) != owner:
+                raise KVPlanError(f"{path}: another search ({other}) is writing it; give another -o") from None
+            yield
+            return
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
 
 
 def read_text(path: Path, what: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvplan.errors import KVPlanError
-from kvplan.files import check_writable, read_text, write_text
+from kvplan.files import check_writable, read_text, sole_writer, write_text
 
 
 def test_text_survives_writing_and_reading(tmp_path: Path) -> None:
@@ -68,3 +68,24 @@ def test_a_folder_or_an_input_is_not_written_over(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
     assert read_text(tmp_path / "a.txt", "note") == "one"
+
+
+def test_another_writer_is_refused_and_an_equal_one_shares(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    with sole_writer(path, "a.journal"):
+        with sole_writer(path, "a.journal"):
+            pass
+        with pytest.raises(
+            KVPlanError, match=r"policy.yaml: another search \(a.journal\) is writing it; give another -o"
+        ):
+            with sole_writer(path, "b.journal"):
+                pass
+    with sole_writer(path, "b.journal"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dead_writer_left_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / ".policy.yaml.lock").write_text("dead.journal")
+    with sole_writer(tmp_path / "policy.yaml", "b.journal"):
+        assert (tmp_path / ".policy.yaml.lock").read_text() == "b.journal"

@@ -129,7 +129,7 @@ def command(
 ) -> None:
     """Search the best policy under a memory target, and keep the best so far on disk."""
     from kvplan.errors import DataError, ProfileError
-    from kvplan.files import check_writable, write_text
+    from kvplan.files import check_writable, sole_writer, write_text
     from kvplan.units import parse_bytes
 
     target = parse_target(mem, context, batch)
@@ -218,7 +218,7 @@ def command(
         saved = True
 
     try:
-        with stages() as report:
+        with sole_writer(output, str(address)), stages() as report:
 
             def prepare(prompts: Sequence[int]) -> None:
                 stage = "prefilling prompts"
