@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from kvplan.calibrate.collect import collect
 from kvplan.calibrate.prompts import Example
@@ -16,6 +15,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.placement import input_device, layer_devices, spread
 from kvplan.policy.schema import LayerPolicy, Policy, Slots
 from kvplan.runtime.attach import attach
+from tests.conftest import tiny_model
 
 accelerate = pytest.importorskip("accelerate", reason="no accelerate: pip install 'kvplan[split]'")
 EXAMPLES = [
