@@ -76,4 +76,4 @@ def answer_from(
         out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
         out.print(summary(result), soft_wrap=True)
         out.print(distance(found), soft_wrap=True)
-    note(f"wrote {output}; next: kvplan run --policy {output}")
+    note(f"wrote {output}; next: kvplan run --policy {output} 'a prompt'")

@@ -41,7 +41,7 @@ def command(
         list[str] | None,
         typer.Option(
             help="An evictor to cut layers by; may be repeated. Each costs as much time as the next.",
-            show_default="snapkv, knorm, h2o, tova, streaming",
+            show_default="snapkv, knorm, h2o, tova, streaming, expected, keydiff",
         ),
     ] = None,
     sensitivity_prompts: Annotated[int, typer.Option(min=1, help="Prompts for that, from the tasks in turn.")] = 12,
@@ -106,6 +106,8 @@ def command(
         left_out = [name for name in evictors if Signal.ROTATION in known_evictors[name].needs]
         evictors = tuple(name for name in evictors if name not in left_out)
         warn(f"how layers {blind} of this model rotate queries is not known: not measured: {', '.join(left_out)}")
+    if model is not None and not data:
+        warn("no --data: using the prompts of the bundled model, whose world this model may not know")
     examples = load_examples(
         data or [calib_data_path()],
         tokenizer,

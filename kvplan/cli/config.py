@@ -91,7 +91,7 @@ def load(root: Any, environ: Mapping[str, str] = os.environ) -> Config:
                 if variable in environ and variable not in _OTHER_VARIABLES:
                     text = environ[variable]
                     value = [part.strip() for part in text.split(",")] if _is_list(param) else text
-                    config.set(path, name, value, variable)
+                    config.set(path, str(param.name), value, variable)
     return config
 
 
@@ -110,10 +110,13 @@ def _from_file(config: Config, commands: Mapping[tuple[str, ...], Mapping[str, A
         else:
             paths = [path for path, params in commands.items() if _name(key) in params]
             if not paths:
-                known = sorted({name for params in commands.values() for name in params})
-                raise ConfigError(f"{file}: {_unknown('option', key, [name.replace('_', '-') for name in known])}")
+                known = sorted({name for params in commands.values() for name in _shown_names(params)})
+                raise ConfigError(f"{file}: {_unknown('option', key, known)}")
             for path in paths:
-                if (path, _name(key)) not in config.origins:  # a table of the command says more
+                if (
+                    path,
+                    str(commands[path][_name(key)].name),
+                ) not in config.origins:  # a table of the command says more
                     _put(config, file, path, key, value, commands[path])
 
 
@@ -127,13 +130,15 @@ def _table(
         if isinstance(value, dict):
             _table(config, commands, file, (*path, key), value)
         elif path not in commands or _name(key) not in commands[path]:
-            known = [name.replace("_", "-") for name in commands.get(path, {})]
+            known = _shown_names(commands.get(path, {}))
             raise ConfigError(f"{file}: [{'.'.join(path)}] {_unknown('option', key, known)}")
         else:
-            _put(config, file, path, key, value, commands[path])
+            _put(config, file, path, key, value, commands[path], table=".".join(path))
 
 
-def _put(config: Config, file: Path, path: tuple[str, ...], key: str, value: Any, params: Mapping[str, Any]) -> None:
+def _put(
+    config: Config, file: Path, path: tuple[str, ...], key: str, value: Any, params: Mapping[str, Any], table: str = ""
+) -> None:
     name = _name(key)
     if name in _NEVER_IN_FILE:
         raise ConfigError(f"{file}: {key} cannot be set in a file; give --{key.replace('_', '-')} on the command line")
@@ -141,7 +146,7 @@ def _put(config: Config, file: Path, path: tuple[str, ...], key: str, value: Any
     if isinstance(value, list) != many and not (many and isinstance(value, str)):
         raise ConfigError(f"{file}: {key} is {value!r}; it takes {'a list' if many else 'one value'}")
     values = [value] if many and isinstance(value, str) else value
-    config.set(path, name, values, f"{file} [{'.'.join(path)}]" if path else str(file))
+    config.set(path, str(params[name].name), values, f"{file} [{table}]" if table else str(file))
 
 
 def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -149,8 +154,8 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
     for name, sub in getattr(command, "commands", {}).items():
         yield from _commands(sub, (*path, name))
     if path and not getattr(command, "commands", {}):
-        options = {p.name: p for p in command.params if p.param_type_name == "option" and p.name not in _NO_OPTIONS}
-        yield path, options
+        options = [p for p in command.params if p.param_type_name == "option" and p.name not in _NO_OPTIONS]
+        yield path, {_key(p): p for p in options}
 
 
 def _origin(ctx: Any, path: tuple[str, ...], param: Any) -> str:
@@ -172,6 +177,15 @@ def _shown(value: Any) -> str:
 
 def _is_list(param: Any) -> bool:
     return bool(getattr(param, "multiple", False))
+
+
+def _shown_names(params: Mapping[str, Any]) -> list[str]:
+    return [name.replace("_", "-") for name in params if name not in _NEVER_IN_FILE]
+
+
+def _key(param: Any) -> str:
+    """As users know it: `--json` is `json`, whatever our parameter is called."""
+    return _name(max(param.opts, key=len).lstrip("-"))
 
 
 def _name(key: str) -> str:

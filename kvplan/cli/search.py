@@ -172,7 +172,7 @@ def command(
     from kvplan import __version__
     from kvplan.calibrate.prompts import data_fingerprint, load_examples
     from kvplan.check.scoring import Scorer
-    from kvplan.cli.console import err, note, out, stages
+    from kvplan.cli.console import err, note, out, stages, warn
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
     from kvplan.policy.memory import plan
@@ -191,6 +191,8 @@ def command(
             f"{profile}: made for another model ({measured.spec.fingerprint}; this one is {spec.fingerprint}); "
             "give its --model, or calibrate this one"
         )
+    if model is not None and not data:
+        warn("no --data: using the prompts of the bundled model, whose world this model may not know")
     examples = load_examples(
         data or [calib_data_path("search")],
         tokenizer,
@@ -304,7 +306,7 @@ def command(
             out.print(front_table(result, spec, costs), soft_wrap=True)
     if pareto:
         note(f"wrote {front_path(output)}: {len(result.front)} plans, none beaten in both bytes and KL")
-    note(f"wrote {output}; next: kvplan run --policy {output}")
+    note(f"wrote {output} ({where(address)} keeps the trials); next: kvplan run --policy {output} 'a prompt'")
 
 
 def front_path(output: Path) -> Path:

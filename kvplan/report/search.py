@@ -60,7 +60,7 @@ def distance(found: Answer) -> str:
     else:
         gap = found.gap
         told = (
-            f"Not searched at this target: a search of its own could gain at most {max(gap.mean, 0.0):.4f} "
+            f"Not searched at this target: a search of its own should gain at most {max(gap.mean, 0.0):.4f} "
             f"[{gap.low:.4f}, {gap.high:.4f}] in KL, which is what the study's best plan with more bytes "
             f"({name(found.roomier.trial)}, KL {found.roomier.kl:.4f}) is better by."
         )

@@ -46,20 +46,26 @@ def test_flag_beats_variable_beats_file_beats_default(
     found = explained(*asked)
     assert found["--trials"] == ("7", "kvplan.toml [search]")
     assert found["--evictor"] == ("tova h2o", "kvplan.toml [search]")
-    assert found["--device"] == ("cuda:1", "kvplan.toml [search]")
+    assert found["--device"] == ("cuda:1", "kvplan.toml")
     assert found["--mem"] == ("40%", "command line")
     monkeypatch.setenv("KVPLAN_TRIALS", "8")
     assert explained(*asked)["--trials"] == ("8", "KVPLAN_TRIALS")
     monkeypatch.setenv("KVPLAN_SEARCH_TRIALS", "9")
     assert explained(*asked)["--trials"] == ("9", "KVPLAN_SEARCH_TRIALS")
     assert explained(*asked, "--trials", "10")["--trials"] == ("10", "command line")
-    assert explained("calibrate")["--device"] == ("cuda:1", "kvplan.toml [calibrate]")
+    assert explained("calibrate")["--device"] == ("cuda:1", "kvplan.toml")
 
 
 def test_values_reach_the_commands(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "kvplan.toml").write_text("[search]\ntrials = -1\n")
     assert run_app(kvplan_app, ["search", "--mem", "40%"]) == 2
     assert "trials" in capsys.readouterr().err
+
+
+def test_options_have_the_names_that_users_type(here: Path) -> None:
+    (here / "kvplan.toml").write_text("[policy.bytes]\njson = true\n")
+    assert load(ROOT, {}).values["policy", "bytes"] == {"as_json": True}
+    assert load(ROOT, {"KVPLAN_SEARCH_JSON": "1"}).values["search",] == {"as_json": "1"}
 
 
 def test_lists_and_commands_of_groups(here: Path) -> None:
