@@ -172,7 +172,7 @@ def command(
     )
     if update:
         assert baseline is not None
-        _update(job, baseline)
+        _update(job, baseline, as_json=as_json)
         return
     outcomes = _check(job, limits, before, str(baseline))
     if max_slowdown is not None:
@@ -291,7 +291,7 @@ def _timed(job: _Job, outcomes: Sequence[Outcome], limit: float) -> list[Outcome
     return made
 
 
-def _update(job: _Job, path: Path) -> None:
+def _update(job: _Job, path: Path, *, as_json: bool) -> None:
     """Measure everything and write it, saying what changed."""
     from kvplan.check.results import load_results, save_results
     from kvplan.cli.console import note, out, stages
@@ -299,16 +299,21 @@ def _update(job: _Job, path: Path) -> None:
 
     names = [candidate.name for candidate in job.candidates]
     with stages() as report:
-        results = job.evaluate(names, range(len(job.examples)), report)
+        results = _rounded(job.evaluate(names, range(len(job.examples)), report))
     try:
         before = load_results(path) if path.exists() else None
     except KVPlanError:  # of another format: it is replaced
         before = None
-    save_results(_rounded(results), path)
+    save_results(results, path)
 
-    from kvplan.report.check import change_table
+    from kvplan.report.check import change_data, change_table
 
-    out.print(change_table(results, before), soft_wrap=True)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(change_data(results, before), indent=2, allow_nan=False))
+    else:
+        out.print(change_table(results, before), soft_wrap=True)
     note(f"wrote {path}")
 
 

@@ -43,12 +43,22 @@ def _reason(outcome: Outcome) -> str:
         why = "the baseline's numbers again" if outcome.reproduced else "all within the limits"
         harmed = worst_part(outcome)
         return why if harmed is None or outcome.reproduced else f"{why}; worst of the parts is {_told(harmed)}"
+    if any(unanswered(f) for f in decisive):
+        return (
+            "no score to judge: the prompts ask nothing, or nothing that the full cache answers; "
+            "give --max-kl X --min-recovery 0, or --baseline"
+        )
     first, *others = decisive
     more = f"; also {', '.join(f.name for f in others[:MOST_NAMES])}" if others else ""
     more += f" and {len(others) - MOST_NAMES} more" if len(others) > MOST_NAMES else ""
     if outcome.state is State.INCONCLUSIVE:
         more += "; more prompts would tell"
     return f"{_told(first)}{more}"
+
+
+def unanswered(finding: Finding) -> bool:
+    """Of a score, where no prompt had one: more prompts of the kind would not tell either."""
+    return finding.state is State.INCONCLUSIVE and finding.unit == SHARE and not finding.prompts
 
 
 def worst_part(outcome: Outcome) -> Finding | None:
@@ -188,6 +198,27 @@ def change_table(now: Results, before: Results | None) -> Table:
     return number_table(("policy", "KL", "score", "bytes"), rows, f"{now.data.prompts} prompts")
 
 
+def change_data(now: Results, before: Results | None) -> dict[str, Any]:
+    """The same for --json; `was` is None for a policy that the old baseline did not hold."""
+    old = {policy.name: policy for policy in before.policies} if before else {}
+    return {
+        "kvplan_check": FORMAT_VERSION,
+        "prompts": now.data.prompts,
+        "policies": [
+            {"policy": p.name, **_means(p), "was": _means(old[p.name]) if p.name in old else None} for p in now.policies
+        ],
+    }
+
+
+def _means(policy: PolicyResult) -> dict[str, float | int | None]:
+    return {"kl": _mean_of(policy, "kl"), "score": _mean_of(policy, "score"), "kv_bytes": policy.kv_bytes}
+
+
 def _mean(policy: PolicyResult, field: str) -> str:
+    found = _mean_of(policy, field)
+    return "-" if found is None else number(found, NATS)
+
+
+def _mean_of(policy: PolicyResult, field: str) -> float | None:
     values = [value for row in policy.rows if (value := getattr(row, field)) is not None]
-    return number(sum(values) / len(values), NATS) if values else "-"
+    return sum(values) / len(values) if values else None

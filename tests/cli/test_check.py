@@ -76,6 +76,25 @@ def test_an_unchanged_policy_passes_and_every_report_says_so(here: Path, capsys:
     assert told.startswith("before\n### kvplan check: pass") and "| KL rise | 70 |" in told
 
 
+def test_update_as_json_is_json_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--policy", "a.yaml", "--data", "p.jsonl", "--max-prompts", 4, "--baseline", "base.json")
+    for was in (False, True):
+        assert kvplan_check(*few, "--update", "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["prompts"] == 4 and [p["policy"] for p in told["policies"]] == ["full cache", "a"]
+        (_, a) = told["policies"]
+        assert a["was"] == ({name: a[name] for name in ("kl", "score", "kv_bytes")} if was else None)
+
+
+def test_prompts_without_answers_are_told_as_such(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "t.txt").write_text("some words that go on and on " * 20)
+    given = ("--policy", "a.yaml", "--data", "t.txt", "--max-tokens", 90, "--max-prompts", 4)
+    assert kvplan_check(*given) == 3
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "the prompts ask nothing" in last and "more prompts" not in last
+    assert kvplan_check(*given, "--max-kl", 10, "--min-recovery", 0) == 0
+
+
 def test_another_policy_under_the_same_name_is_red(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kvplan_check(*A, "--baseline", "base.json", "--update")
     save_policy(Policy(layers=(LayerPolicy(), LayerPolicy())), here / "a.yaml")

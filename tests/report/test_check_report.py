@@ -38,6 +38,12 @@ def test_the_verdict_says_why() -> None:
     assert verdict(unclear).endswith("at most 0.0200; more prompts would tell")
 
 
+def test_prompts_that_ask_nothing_want_another_criterion() -> None:
+    nothing = finding("recovery loss", State.INCONCLUSIVE, math.nan, prompts=0, unit=SHARE)
+    told = verdict(outcome(finding(state=State.INCONCLUSIVE), nothing, state=State.INCONCLUSIVE))
+    assert "the prompts ask nothing" in told and "--baseline" in told and "more prompts" not in told
+
+
 def test_a_pass_names_the_worst_task() -> None:
     tasks = [
         finding("a: score loss", part="a", value=0.01, limit=0.24, unit=SHARE),
