@@ -27,10 +27,11 @@ def command(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Time decoding under a policy, beside transformers' cache (full, and cut to the same bytes) and a full policy.
+    """Time decoding under a policy, beside transformers' cache (full, and cut at the prompt) and a full policy.
 
-    A random prompt; the four caches take turns, so that other programs slow all of them alike. On a CPU with one
-    thread (OMP_NUM_THREADS=1) the clock is the thread's own CPU time.
+    The cut cache starts with as many of the prompt's last tokens as the policy's bytes are worth, and grows with every
+    new token. A random prompt; the four caches take turns, so that other programs slow all of them alike. On a CPU with
+    one thread (OMP_NUM_THREADS=1) the clock is the thread's own CPU time.
     """
     from kvplan.policy.serialize import load_policy
 
