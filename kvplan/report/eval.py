@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kvplan.check.results import FULL_CACHE, Results
+from kvplan.check.results import FULL_CACHE, PolicyResult, Results
 from kvplan.check.scorers import meaning
 from kvplan.check.summary import (
     AGNOSTIC,
@@ -23,7 +23,7 @@ from kvplan.check.summary import (
     summaries,
     summarise,
 )
-from kvplan.report.tables import number_table
+from kvplan.report.tables import MIN_PROMPTS, number_table
 from kvplan.stats import Interval
 from kvplan.units import format_bytes
 
@@ -82,7 +82,7 @@ def _quality(name: str, row: Summary) -> tuple[str, ...]:
         f"{row.top1.mean:.3f}",
         _perplexity(row.perplexity),
         "-" if row.score is None else f"{row.score.mean:.3f}",
-        "-" if full or row.recovery is None else _percent(row.recovery),
+        "-" if full or row.recovery is None else _percent(row.recovery, row.scored),
     )
 
 
@@ -95,8 +95,8 @@ def _perplexity(value: float) -> str:
 def _against_full(name: str, row: Summary) -> tuple[str, ...]:
     return (
         name,
-        f"{small(row.kl.mean)} [{small(row.kl.low)}, {small(row.kl.high)}]",
-        "-" if row.score_change is None else _signed(row.score_change),
+        _spread(small, row.kl, row.prompts),
+        "-" if row.score_change is None else _spread(_plus, row.score_change, row.scored),
     )
 
 
@@ -109,7 +109,11 @@ def _against_first(results: Results, group: Group, scored: bool) -> Table:
     ]
     headers = ("policy", "KL - (1) [95%]", "score - (1) [95%]")
     rows = [
-        (name, _signed_small(one.kl), "-" if one.score is None else _signed(one.score))
+        (
+            name,
+            _spread(_plus_small, one.kl, len(group.rows)),
+            "-" if one.score is None else _spread(_plus, one.score, _scored(first, group)),
+        )
         for name, one in zip(_names(results)[2:], found, strict=True)
     ]
     return _table(headers, rows, f"paired with {_names(results)[1]}", scored)
@@ -170,6 +174,11 @@ def notes(results: Results) -> list[str]:
         "KL: nats from the full cache's next tokens, teacher-forced. ppl: perplexity.",
         "bytes: held after the prompts, of the full cache's. [..]: 95% bootstrap, paired.",
         *(WAYS[group.name] for group in groups),
+        *(
+            [f"[-]: fewer than {MIN_PROMPTS} prompts, too few for an interval."]
+            if any(_few(results, group) for group in groups)
+            else []
+        ),
     ]
     judges = sorted({row.scorer for row in rows if row.scorer is not None})
     if judges:
@@ -180,8 +189,17 @@ def notes(results: Results) -> list[str]:
         if score is not None and score.mean < LOW_SCORE:
             told.append(f"The full cache scores {score.mean:.3f} ({group.name}): recovery says little there.")
     if any(policy.cost and policy.cost.speedup for policy in results.policies):
-        told.append("speed: decoding beside transformers' full cache (1x), medians.")
+        told += [
+            "speed: decoding beside transformers' full cache (1x), medians.",
+            "  The row full cache is kvplan's own pool without eviction.",
+        ]
     return told
+
+
+def _few(results: Results, group: Group) -> bool:
+    """Whether some interval of the group is left out."""
+    counts = len(group.rows), _scored(results.full, group)
+    return any(0 < count < MIN_PROMPTS for count in counts)
 
 
 def as_data(results: Results) -> dict[str, Any]:
@@ -231,14 +249,24 @@ def _size(count: int) -> str:
     return f"{float(number):.{0 if float(number) >= 100 else 1 if float(number) >= 10 else 2}f}{unit}"
 
 
-def _signed(found: Interval) -> str:
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+def _scored(policy: PolicyResult, group: Group) -> int:
+    return sum(row.score is not None for row in select(policy.rows, group))
 
 
-def _signed_small(found: Interval) -> str:
-    mean, low, high = (f"+{small(v)}" if v > 0 else small(v) for v in (found.mean, found.low, found.high))
-    return f"{mean} [{low}, {high}]"
+def _plus(value: float) -> str:
+    return f"{value:+.3f}"
 
 
-def _percent(found: Interval) -> str:
-    return f"{found.mean:.0%} [{found.low * 100:.0f}, {found.high * 100:.0f}]"
+def _plus_small(value: float) -> str:
+    return f"+{small(value)}" if value > 0 else small(value)
+
+
+def _spread(told: Callable[[float], str], found: Interval, prompts: int) -> str:
+    """A mean with its interval, or with a dash where so few prompts have none that says anything."""
+    bounds = "-" if prompts < MIN_PROMPTS else f"{told(found.low)}, {told(found.high)}"
+    return f"{told(found.mean)} [{bounds}]"
+
+
+def _percent(found: Interval, prompts: int) -> str:
+    bounds = "-" if prompts < MIN_PROMPTS else f"{found.low * 100:.0f}, {found.high * 100:.0f}"
+    return f"{found.mean:.0%} [{bounds}]"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+MIN_PROMPTS = 5  # of a shown interval: a bootstrap over fewer is much too narrow, over one of no width
+
 
 def number_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:
     """The first column to the left, the others to the right."""
