@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from report_fakes import inputs, policy, sample
 
 from kvplan.errors import KVPlanError
+from kvplan.policy.serialize import policy_fingerprint
 from kvplan.report.html import render
 from kvplan.report.inputs import Inputs, NamedPolicy
 from kvplan.report.plots import in_order
@@ -107,3 +109,22 @@ def test_short_forms_fit_a_terminal() -> None:
     told = short_forms(inputs()).plain
     assert all(len(line) <= 80 for line in told.splitlines())
     assert all(plot.title in told for plot in in_order())
+
+
+def test_the_kl_on_top_says_whose_prompts() -> None:
+    confirmed = policy()
+    search = {**confirmed.provenance["search"], "prompts": "confirmation", "num_prompts": 32}
+    confirmed = replace(confirmed, provenance={**confirmed.provenance, "search": search})
+    given = inputs(sample=None, policies=(NamedPolicy(Path("policy.yaml"), confirmed),))
+    page = render(given)  # the results are of another plan
+    assert "nats of KL from the full cache on 32 confirmation prompts" in page and "kvplan eval, " not in page
+
+    assert given.results is not None
+    measured = tuple(
+        replace(p, fingerprint=policy_fingerprint(confirmed)) if p.name == "policy" else p
+        for p in given.results.policies
+    )
+    page = render(replace(given, results=replace(given.results, policies=measured)))
+    assert "full cache on 12 prompts of kvplan eval, question-agnostic" in page
+    assert "full cache on 4 prompts of kvplan eval, question-aware" in page
+    assert "confirmation prompts" not in page

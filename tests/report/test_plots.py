@@ -8,11 +8,12 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from report_fakes import BASELINES, inputs, policy, results, sample, study
+from report_fakes import BASELINES, inputs, policy, profile, results, sample, study
 
 from kvplan.errors import KVPlanError, MethodError
 from kvplan.report.html import LEVELS, level
@@ -20,8 +21,9 @@ from kvplan.report.inputs import Inputs, NamedPolicy
 from kvplan.report.plots import NARROW, Page, in_order, plots
 from kvplan.report.plots.base import spark
 from kvplan.report.plots.colours import DARK, LIGHT
-from kvplan.report.plots.pareto import Point, front
+from kvplan.report.plots.pareto import Pareto, Point, front
 from kvplan.report.plots.svg import inline_svg, save_plot
+from kvplan.report.profile import worst_sensitivity
 from kvplan.stats import Interval
 
 ALL = [plot.name for plot in in_order()]
@@ -129,6 +131,24 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert [p.name for p in front(points)] == ["a", "b"]
 
 
+def at(name: str, share: float, kl: float, prompts: int | None = None) -> Point:
+    return Point(name, share, Interval(kl, kl, kl), found=False, prompts=prompts)
+
+
+def test_of_nearly_equal_bytes_only_the_better_is_on_the_front() -> None:
+    near = [at("a", 0.400, 0.2), at("b", 0.404, 0.1), at("c", 0.408, 0.1), at("d", 0.410, 0.05)]
+    assert [p.name for p in front(near)] == ["b", "d"]
+    assert [p.name for p in front([at("twin", 0.4, 0.1), at("other twin", 0.4, 0.1)])] == ["twin"]
+
+
+def test_too_few_prompts_have_no_interval() -> None:
+    plot = plots["pareto"]()
+    data = Pareto({"p": [at("few", 0.1, 0.2, prompts=4), at("enough", 0.2, 0.1, prompts=5)]})
+    enough, few = plot.short(data).splitlines()[1:]
+    assert enough.endswith("[0.1000, 0.1000]") and few.endswith("[-]")
+    assert [row[4:6] for row in plot.table(data).rows] == [(None, None), (0.1, 0.1)]
+
+
 def test_every_baseline_has_its_interval() -> None:
     plot, data = drawn("pareto")
     assert list(data.panels) == ["question-agnostic, 12 prompts", "question-aware, 4 prompts"]
@@ -194,6 +214,30 @@ def test_parameters_are_named_by_the_layers_that_they_decide() -> None:
 def test_layers_with_a_window_of_their_own_have_no_sensitivity() -> None:
     plot, data = drawn("sensitivity")
     assert plot.table(data).rows[-1][2] is None
+
+
+def test_layers_cut_and_layers_encoded_are_told_apart() -> None:
+    plot = plots["sensitivity"]()
+    measured = SimpleNamespace(
+        spec=profile(3).spec,
+        importance=[0.1, 0.1, 0.1],
+        sensitivity={
+            "tova": {1000: [0.03, 0.002, 0.9], 5000: [0.5, 0.5, 0.5]},
+            "snapkv": {1000: [0.01, 0.005, 0.9], 5000: [0.0, 0.0, 0.0]},
+        },
+        codec_sensitivity={"int8": [0.0, 0.001, 0.0], "turboquant2": [0.2, 1.29, 0.1]},
+    )
+    data = plot.data(inputs(profile=measured))
+    assert data is not None
+    cut, encoded = plot.told(data).split(". ")[:2]
+    assert "layer 0 suffers most (0.03 nats, tova 10%), layer 1 least (0.005)" in cut  # layer 2 has a window
+    assert "layer 1 suffers most (1.29 nats, turboquant2), layer 2 least (0.1)" in encoded
+    assert [line.split(": ")[1].split(",")[0] for line in plot.short(data).splitlines()[1::2]] == [
+        "0 (0.03)",
+        "1 (1.3)",
+    ]
+    worst = np.max([way.damage for way in data.cut], axis=0)
+    assert [f"{kl:.4f}" for kl in worst[:2]] == worst_sensitivity(measured)[:2]  # type: ignore[arg-type]
 
 
 def test_shades_keep_nothing_and_everything_apart() -> None:

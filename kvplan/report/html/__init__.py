@@ -10,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplan import __version__
+from kvplan.check.summary import by_question, select, summarise
 from kvplan.errors import KVPlanError
 from kvplan.policy.memory import plan, stated_spec
+from kvplan.policy.schema import Policy
+from kvplan.policy.serialize import policy_fingerprint
 from kvplan.report.inputs import Inputs
 from kvplan.report.plots import NARROW, Page, Plot, Table, in_order
 from kvplan.report.plots.colours import DARK, LIGHT, css
@@ -115,16 +118,42 @@ def _facts(inputs: Inputs) -> list[tuple[str, str]]:
         facts.append(
             (format_bytes(held.total), f"instead of {format_bytes(held.full)}, for {inputs.context_tokens} tokens")
         )
-        search = inputs.policy.provenance.get("search")
-        if isinstance(search, dict):
-            if isinstance(kl := search.get("kl"), float | int):
-                facts.append((f"{kl:.2g}", "nats of KL from the full cache on fresh prompts"))
-            if isinstance(task := search.get("task"), float | int):
-                facts.append((f"{task:.1%}", "of the answers exact on fresh prompts"))
+        facts += _evaluated(inputs) or _confirmed(inputs.policy)
     if inputs.study is not None:
         facts.append((str(len(inputs.study.trials)), "trials searched"))
     if inputs.profile is not None:
-        facts.append((str(inputs.profile.statistics.num_prompts), "prompts measured"))
+        facts.append((str(inputs.profile.statistics.num_prompts), "prompts in the profile"))
+    return facts
+
+
+def _evaluated(inputs: Inputs) -> list[tuple[str, str]]:
+    """What the results file says of the first policy, each way of asking apart; empty if it does not hold this plan."""
+    if inputs.results is None or inputs.policy is None:
+        return []
+    fingerprint, results = policy_fingerprint(inputs.policy), inputs.results
+    measured = next((p for p in results.policies if p.fingerprint == fingerprint), None)
+    if measured is None:
+        return []
+    facts = []
+    for group in by_question(results):
+        found = summarise(measured.name, select(measured.rows, group), seed=results.seed)
+        where = f"on {found.prompts} prompts of kvplan eval, {group.name}"
+        facts.append((f"{found.kl.mean:.2g}", f"nats of KL from the full cache {where}"))
+    return facts
+
+
+def _confirmed(policy: Policy) -> list[tuple[str, str]]:
+    """What the search stated in the policy, and on which prompts."""
+    search = policy.provenance.get("search")
+    if not isinstance(search, dict):
+        return []
+    count, stage = search.get("num_prompts"), search.get("prompts")
+    where = " ".join(str(word) for word in ("on", count, stage, "prompts") if word)
+    facts = []
+    if isinstance(kl := search.get("kl"), float | int):
+        facts.append((f"{kl:.2g}", f"nats of KL from the full cache {where}"))
+    if isinstance(task := search.get("task"), float | int):
+        facts.append((f"{task:.1%}", f"of the answers exact {where}"))
     return facts
 
 

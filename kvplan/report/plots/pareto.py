@@ -11,6 +11,7 @@ from kvplan.check.summary import by_question, summaries
 from kvplan.report.inputs import Inputs, NamedPolicy
 from kvplan.report.plots.base import Page, Plot, Table, log_axis, plain, plots
 from kvplan.report.plots.colours import LIGHT
+from kvplan.report.tables import MIN_PROMPTS
 from kvplan.search.trials import StudyRecord
 from kvplan.stats import Interval, bootstrap
 
@@ -19,16 +20,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINE = 15  # pixels between labels
+SAME_SHARE = 0.005  # of the full cache's bytes; less is no difference
 
 
 @dataclass(frozen=True)
 class Point:
-    """One policy: bytes as a share of the full cache's, KL in nats; `found` where kvplan's search made it."""
+    """One policy: bytes as a share of the full cache's, KL in nats.
+
+    Attributes:
+        found: kvplan's search made it.
+        prompts: That the KL is of, or None where it is not stated.
+    """
 
     name: str
     share: float
     kl: Interval
     found: bool
+    prompts: int | None = None
+
+    @property
+    def has_interval(self) -> bool:
+        return self.prompts is None or self.prompts >= MIN_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -61,12 +73,12 @@ class ParetoPlot(Plot[Pareto]):
             parts.append(f"{name[0].upper()}{name[1:]}: nothing beats {best}.")
         return (
             f"{' '.join(parts)} KL is the distance from the full cache's predictions in nats; the whiskers are its "
-            "95 % interval over prompts."
+            "95 % interval over prompts. Bytes nearer than half a percentage point count as equal."
         )
 
     def table(self, data: Pareto) -> Table:
         rows = (
-            (name, p.name, p.share, p.kl.mean, p.kl.low, p.kl.high, p in front(points))
+            (name, p.name, p.share, p.kl.mean, *_bounds(p), p in front(points))
             for name, points in data.panels.items()
             for p in points
         )
@@ -92,19 +104,29 @@ class ParetoPlot(Plot[Pareto]):
             lines.append(f"{name}; * nothing beats it")
             for p in sorted(points, key=lambda p: p.kl.mean):
                 star = "*" if p in front(points) else " "
-                span = f"[{p.kl.low:.4f}, {p.kl.high:.4f}]"
+                span = f"[{p.kl.low:.4f}, {p.kl.high:.4f}]" if p.has_interval else "[-]"
                 lines.append(f"{star} {p.name[:34]:34} {p.share:>6.1%}  KL {p.kl.mean:<7.4f} {span}")
         return "\n".join(lines)
 
 
+def _bounds(point: Point) -> tuple[float | None, float | None]:
+    return (point.kl.low, point.kl.high) if point.has_interval else (None, None)
+
+
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in bytes without losing in KL, by bytes; the full cache is not one of them."""
+    """The points that no other beats in bytes without losing in KL, by bytes; the full cache is not one of them.
+
+    Bytes nearer than half a percentage point of the full cache's count as equal, so that of such points one is left.
+    """
     own = sorted((p for p in points if p.name != FULL_CACHE), key=lambda p: (p.share, p.kl.mean))
-    best: list[Point] = []
-    for point in own:
-        if not best or point.kl.mean < best[-1].kl.mean:
-            best.append(point)
-    return best
+    return [p for i, p in enumerate(own) if not any(_beats(q, p, j < i) for j, q in enumerate(own) if j != i)]
+
+
+def _beats(one: Point, other: Point, first: bool) -> bool:
+    """At as many bytes or fewer; where KL is the same too, `first` decides."""
+    if one.share >= other.share + SAME_SHARE:
+        return False
+    return one.kl.mean < other.kl.mean or (one.kl.mean == other.kl.mean and first)
 
 
 def _of_results(results: Results, found: set[str]) -> dict[str, list[Point]]:
@@ -112,7 +134,7 @@ def _of_results(results: Results, found: set[str]) -> dict[str, list[Point]]:
     panels = {}
     for group in by_question(results):
         panels[f"{group.name}, {len(group.rows)} prompts"] = [
-            Point(s.policy, s.share, s.kl, s.policy in found or _is_file(results, s.policy))
+            Point(s.policy, s.share, s.kl, s.policy in found or _is_file(results, s.policy), s.prompts)
             for s in summaries(results, group)
         ]
     return panels
@@ -148,7 +170,13 @@ def _of_study(study: StudyRecord | None) -> list[Point]:
     if study is None:
         return []
     points = {
-        t.number: Point(t.label if t.is_warm_start else f"trial {t.number}", t.share, bootstrap(t.kl), found=False)
+        t.number: Point(
+            t.label if t.is_warm_start else f"trial {t.number}",
+            t.share,
+            bootstrap(t.kl),
+            found=False,
+            prompts=len(t.kl),
+        )
         for t in study.trials
         if t.is_valid and t.share is not None
     }
@@ -173,7 +201,8 @@ def _panel(axes: Axes, points: Sequence[Point], page: Page, height: float) -> No
     for p in points:
         colour = LIGHT["warm"] if p.found else LIGHT["accent"] if p in best else LIGHT["plain"]
         x, y = place[p.name]
-        axes.plot([x, x], [max(p.kl.low, floor), max(p.kl.high, floor)], color=colour, linewidth=1.6)
+        if p.has_interval:
+            axes.plot([x, x], [max(p.kl.low, floor), max(p.kl.high, floor)], color=colour, linewidth=1.6)
         axes.plot([x], [y], "D" if p.found else "o", color=colour, markersize=8 if p.found else 6)
     if len(best) > 1:
         axes.plot(*zip(*(place[p.name] for p in best), strict=True), color=LIGHT["accent"], zorder=0)

@@ -37,10 +37,14 @@ class Sensitivity:
     ways: list[Way]
 
     @property
-    def worst(self) -> npt.NDArray[np.float64]:
-        """[layers] the largest damage of any way."""
-        table = np.array([way.damage for way in self.ways])
-        return np.nan_to_num(table).max(0)
+    def cut(self) -> list[Way]:
+        """Every evictor at the smallest share: what `kvplan profile show` takes the worst of."""
+        return [way for way in _smallest_shares(self.ways) if way.share and not np.isnan(way.damage).all()]
+
+    @property
+    def encoded(self) -> list[Way]:
+        """Every codec."""
+        return [way for way in self.ways if not way.share]
 
 
 @plots.register("sensitivity")
@@ -67,11 +71,20 @@ class SensitivityPlot(Plot[Sensitivity]):
         return Sensitivity(profile.importance, ways)
 
     def told(self, data: Sensitivity) -> str:
-        worst = data.worst
-        most, least = int(worst.argmax()), int(worst.argmin())
+        parts = []
+        for what, ways in (
+            ("Cut by the worst of the evictors at its smallest share", data.cut),
+            ("Stored by the worst of the codecs", data.encoded),
+        ):
+            if ways:
+                worst = _worst(ways)
+                most, least = int(np.nanargmax(worst)), int(np.nanargmin(worst))
+                parts.append(
+                    f"{what}, layer {most} suffers most ({worst[most]:.3g} nats, {_blamed(ways, most)}), layer {least} "
+                    f"least ({worst[least]:.2g})."
+                )
         return (
-            f"Layer {most} suffers most (up to {worst[most]:.3g} nats), layer {least} least (at most "
-            f"{worst[least]:.2g}). Nats are the unit of KL, the distance from the full cache's predictions: 0 means "
+            f"{' '.join(parts)} Nats are the unit of KL, the distance from the full cache's predictions: 0 means "
             "the same predictions, and each step of the scale is ten times the damage. The bars on the left say how "
             "much the layer's attention changes what flows through it at all."
         )
@@ -100,15 +113,30 @@ class SensitivityPlot(Plot[Sensitivity]):
         _columns(right, ways)
         layer_axis(right, len(data.importance))
         right.tick_params(axis="y", labelleft=False)
-        _scale(figure, right, damage)
+        _scale(figure, right, damage, "cut or encoded" if data.encoded else "cut")
         return figure
 
     def short(self, data: Sensitivity) -> str:
-        worst = data.worst
-        depth = np.log10(np.maximum(worst, LEAST)) - np.log10(LEAST)
-        order = np.argsort(-worst)[:3]
-        told = ", ".join(f"{i} ({worst[i]:.2g})" for i in order)
-        return f"{spark(depth.tolist())}\nmost sensitive layers (nats of KL, alone cut): {told}"
+        lines = []
+        for what, ways in (("cut by evictors, smallest share", data.cut), ("stored by codecs", data.encoded)):
+            if ways:
+                worst = np.nan_to_num(_worst(ways))
+                depth = np.log10(np.maximum(worst, LEAST)) - np.log10(LEAST)
+                told = ", ".join(f"{i} ({worst[i]:.2g})" for i in np.argsort(-worst)[:3])
+                lines += [spark(depth.tolist()), f"most sensitive when {what} (nats of KL): {told}"]
+        return "\n".join(lines)
+
+
+def _worst(ways: list[Way]) -> npt.NDArray[np.float64]:
+    """[layers] the largest damage of any of these ways; nan where none was measured."""
+    damage = np.array([way.damage for way in ways])
+    return np.where(np.isnan(damage).all(0), np.nan, np.nan_to_num(damage).max(0))
+
+
+def _blamed(ways: list[Way], layer: int) -> str:
+    """The way that damages a layer most."""
+    way = max(ways, key=lambda way: float(way.damage[layer]))
+    return f"{way.name} {way.share}".strip()
 
 
 def _smallest_shares(ways: list[Way]) -> list[Way]:
@@ -163,7 +191,7 @@ def _columns(axes: Axes, ways: list[Way]) -> None:
         start = i
 
 
-def _scale(figure: Figure, axes: Axes, damage: npt.NDArray[np.float64]) -> None:
+def _scale(figure: Figure, axes: Axes, damage: npt.NDArray[np.float64], done: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, LogNorm
 
@@ -177,4 +205,4 @@ def _scale(figure: Figure, axes: Axes, damage: npt.NDArray[np.float64]) -> None:
     bar.ax.tick_params(length=0)
     ticks = [10**power for power in np.arange(low, high + 1).tolist()]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    bar.set_label("KL in nats, this layer alone cut", fontsize=11)
+    bar.set_label(f"KL in nats, this layer alone {done}", fontsize=11)
