@@ -205,4 +205,4 @@ def _scale(figure: Figure, axes: Axes, damage: npt.NDArray[np.float64], done: st
     bar.ax.tick_params(length=0)
     ticks = [10**power for power in np.arange(low, high + 1).tolist()]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    bar.set_label(f"KL in nats, this layer alone {done}", fontsize=11)
+    bar.set_label(f"KL in nats, {done} alone", fontsize=11)
