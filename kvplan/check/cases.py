@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kvplan.calibrate.prompts import Example, Message, Record
 
@@ -36,16 +37,22 @@ class Case:
 
     def record(self, name: str, task: str, where: str, *, question_aware: bool) -> Record:
         """As prompts are read everywhere else; question-aware, the first question alone, inside the prompt."""
-        given = {"id": name, "task": task, "where": where, "scorer": self.scorer, "max_new_tokens": self.max_new_tokens}
+        given: dict[str, Any] = {
+            "id": name,
+            "task": task,
+            "where": where,
+            "scorer": self.scorer,
+            "max_new_tokens": self.max_new_tokens,
+        }
         if not self.turns:
-            return Record(**given, prompt=self.context)  # type: ignore[arg-type]
+            return Record(**given, prompt=self.context)
         turns = self.turns[:1] if question_aware else self.turns
         messages = [] if question_aware else [Message("user", self.context)]
         for turn in turns:
             asked = f"{self.context}\n\n{turn.question}" if question_aware else turn.question
             messages += [Message("user", asked.strip()), Message("assistant", turn.answers[0])]
         answers = turns[0].answers if len(turns) == 1 else ()
-        return Record(**given, messages=tuple(messages), answers=answers, question_aware=question_aware)  # type: ignore[arg-type]
+        return Record(**given, messages=tuple(messages), answers=answers, question_aware=question_aware)
 
 
 def most_new_tokens(example: Example) -> int:

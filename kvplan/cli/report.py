@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -142,7 +142,7 @@ def _sample(
     return sample(network, tokenizer, spec, chosen.policy, ids, source)
 
 
-def _prompt(tokenizer: object, prompt_file: Path | None, limit: int) -> tuple[list[int], str]:
+def _prompt(tokenizer: Any, prompt_file: Path | None, limit: int) -> tuple[list[int], str]:
     """The first `limit` tokens of a prompt, and what it is."""
     import sys
 
@@ -156,7 +156,7 @@ def _prompt(tokenizer: object, prompt_file: Path | None, limit: int) -> tuple[li
         ids, source = list(example.prompt_ids), f"Prompt {example.id} of the bundled held-out prompts"
     else:
         text = sys.stdin.read() if str(prompt_file) == "-" else read_text(prompt_file, "prompt")
-        ids = list(tokenizer(text)["input_ids"])  # type: ignore[operator]
+        ids = list(tokenizer(text)["input_ids"])
         source = f"The prompt in {prompt_file.name}" if str(prompt_file) != "-" else "The prompt"
     if not ids:
         raise DataError(f"{prompt_file}: the prompt is empty")

@@ -10,11 +10,9 @@ from kvplan.errors import StudyError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import Target
-from kvplan.search.compile import budget_for
 from kvplan.search.confirm import Finalist, Score, SearchResult, TrialRow, confirm
 from kvplan.search.objective import Judge
 from kvplan.search.shared import SharedStudy
-from kvplan.search.space import space_for
 from kvplan.search.study import TrialRun, quiet
 from kvplan.stats import Interval, bootstrap
 
@@ -76,15 +74,9 @@ def answer(
         run.take_over(shared.ledger())
     if run.best is None:
         raise StudyError(f"study '{shared.name}' has no scored trial to answer from")
-    budget = budget_for(definition.profile, spec, target, definition.protection)  # type: ignore[arg-type]
-    compiler, space = space_for(
-        definition.profile,  # type: ignore[arg-type]
-        budget,
-        definition.decisions,
-        definition.evictors,
-        run.compiler.groups,
-        definition.codecs,
-    )
+    groups = tuple(map(tuple, run.compiler.groups))
+    compiler, space = replace(definition, target=target, shares=(), groups=groups).space(spec)
+    budget = compiler.budget
     context, stated = budget.context_tokens, dict(provenance or {})
     allowed = budget.row_bytes
     valid = [row for row in run.rows if row.is_valid]

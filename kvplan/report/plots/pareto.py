@@ -88,7 +88,8 @@ class ParetoPlot(Plot[Pareto]):
         most = max(map(len, data.panels.values()))
         height = max(320, 110 + _LINE * most)
         figure = page.figure(height * len(data.panels))
-        figure.get_layout_engine().set(hspace=0.05)  # type: ignore[union-attr, call-arg]
+        engine: Any = figure.get_layout_engine()  # the page sets one
+        engine.set(hspace=0.05)
         for axes, (name, points) in zip(
             figure.subplots(len(data.panels), 1, squeeze=False)[:, 0], data.panels.items(), strict=True
         ):
@@ -156,11 +157,12 @@ def _of_policies(policies: Sequence[NamedPolicy]) -> list[Point]:
 
 def _numbers(provenance: Mapping[str, Any]) -> tuple[float, Interval] | None:
     """Share of the full cache's bytes, and KL; None where a file does not state them, or not as numbers."""
-    planned, search = provenance.get("planned"), provenance.get("search")
+    planned: Any = provenance.get("planned")
+    search: Any = provenance.get("search")
     try:
-        share = planned["bytes"] / planned["full_bytes"]  # type: ignore[index]
-        low, high = search["kl_95"]  # type: ignore[index]
-        return float(share), Interval(float(search["kl"]), float(low), float(high))  # type: ignore[index]
+        share = planned["bytes"] / planned["full_bytes"]
+        low, high = search["kl_95"]
+        return float(share), Interval(float(search["kl"]), float(low), float(high))
     except (TypeError, KeyError, ValueError, ZeroDivisionError):
         return None
 
