@@ -12,7 +12,8 @@ import time
 import torch
 
 from kvplan.calibrate.collect import collect
-from kvplan.calibrate.prompts import Example, load_examples
+from kvplan.calibrate.examples import Example
+from kvplan.calibrate.prompts import load_examples
 from kvplan.check.scoring import pad
 from kvplan.demo.data import calib_data_path
 from kvplan.loading import load_model

@@ -34,6 +34,7 @@ SHAPES = ("halved layer 3", "halved layer 4", "uniform snapkv 90%", "uniform str
 ANSWER_SHAPES = SHAPES[:-1]  # at 10 % the answers are still right
 LIMITS = Limits(max_kl_rise=KL_RISE, max_score_loss=SCORE_LOSS)
 LOST_POINTS = 0.1
+STRICT_RECOVERY = 0.97  # as strict as the score's limit beside a baseline
 
 Rows = list[PromptRow]
 Draw = Callable[[np.random.Generator], tuple[Rows, Rows | None]]  # the candidate's rows and the baseline's
@@ -210,10 +211,14 @@ def scenarios(rows: Mapping[str, Rows], again: Mapping[str, Rows]) -> dict[str, 
         "the score falls by 10 points and the KL rises with it, as under": [
             Scenario(name, losing_answers(base, rows[name], LOST_POINTS, kl_too=True)) for name in answers
         ],
-        "the score falls by 10 points, no baseline": [
-            Scenario(name, without_base(losing_answers(base, rows[name], LOST_POINTS, kl_too=False)), alone)
-            for name in answers
-        ],
+        **{
+            f"the score falls by 10 points, no baseline, --min-recovery {recovery}": [
+                Scenario(name, without_base(losing_answers(base, rows[name], LOST_POINTS, kl_too=False)),
+                         Limits(min_recovery=recovery))
+                for name in answers
+            ]
+            for recovery in (RECOVERY, STRICT_RECOVERY)
+        },
         "real policies": [
             *(Scenario(f"{name} for {BASE}", resampled(rows[name], base)) for name in rows if name != BASE),
         ],

@@ -21,8 +21,9 @@ from typing import Any
 
 import optuna
 
+from kvplan.calibrate.examples import Example
 from kvplan.calibrate.profile import Profile
-from kvplan.calibrate.prompts import Example, load_examples
+from kvplan.calibrate.prompts import load_examples
 from kvplan.check.scoring import Scorer
 from kvplan.demo.data import calib_data_path
 from kvplan.errors import TargetError

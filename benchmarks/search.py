@@ -20,7 +20,8 @@ import torch
 from models import CPU, quarter, small_llama
 from torch import Tensor
 
-from kvplan.calibrate.prompts import Example, load_examples
+from kvplan.calibrate.examples import Example
+from kvplan.calibrate.prompts import load_examples
 from kvplan.check.scoring import Scorer
 from kvplan.check.timing import Spread, in_turn, ratio, seconds
 from kvplan.demo.data import calib_data_path

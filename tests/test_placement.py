@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvplan.calibrate.collect import collect
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 from kvplan.check.scoring import Scorer
 from kvplan.errors import ModelError, RuntimeLimitError
 from kvplan.model_spec import ModelSpec

@@ -26,7 +26,7 @@ from kvplan.calibrate.attention_shape import (
     sampled_rows,
     softcapped_attention,
 )
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 from kvplan.calibrate.residual import ResidualProbe, decoder_layers
 from kvplan.calibrate.statistics import (
     MASS_LEVELS,

@@ -6,15 +6,9 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from kvplan.calibrate.prompts import (
-    Message,
-    Record,
-    apply_template,
-    encode,
-    encode_prompt,
-    merge_roles,
-    segments,
-)
+from kvplan.calibrate.chat import apply_template, merge_roles, segments
+from kvplan.calibrate.examples import encode, encode_prompt
+from kvplan.calibrate.records import Message, Record
 from kvplan.errors import DataError
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from kvplan.calibrate.examples import Example
 from kvplan.calibrate.precision import MEASURED, Precision, storable
-from kvplan.calibrate.prompts import Example
 from kvplan.calibrate.statistics import Moments, SensitivitySums
 from kvplan.errors import ProfileError
 from kvplan.methods.evictors import evictors as registry

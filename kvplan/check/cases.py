@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvplan.calibrate.prompts import Example, Message, Record
+from kvplan.calibrate.examples import Example
+from kvplan.calibrate.records import Message, Record
 
 # More than the true answer has: a right answer may be put in more words.
 EXTRA_TOKENS = 16

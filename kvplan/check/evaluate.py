@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from kvplan import __version__
-from kvplan.calibrate.prompts import Example, data_fingerprint
+from kvplan.calibrate.examples import Example
+from kvplan.calibrate.prompts import data_fingerprint
 from kvplan.check.cases import length_generated, most_new_tokens
 from kvplan.check.cost import costs
 from kvplan.check.results import FULL_CACHE, DataIdentity, ModelIdentity, PolicyResult, PromptRow, Results

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 from kvplan.check.decode import copied, greedy
 from kvplan.errors import DataError
 from kvplan.loading import check_tokens

@@ -12,7 +12,7 @@ import typer
 from kvplan.cli.console import MAX_SEED
 
 if TYPE_CHECKING:
-    from kvplan.calibrate.prompts import Example
+    from kvplan.calibrate.examples import Example
     from kvplan.check.adaptive import Asked, Measure, Outcome
     from kvplan.check.criteria import Limits
     from kvplan.check.evaluate import Candidate

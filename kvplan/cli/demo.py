@@ -11,7 +11,8 @@ from pathlib import Path
 
 from kvplan.calibrate.precision import CODECS, Precision, storable
 from kvplan.calibrate.profile import Profile
-from kvplan.calibrate.prompts import load_examples, read_records
+from kvplan.calibrate.prompts import load_examples
+from kvplan.calibrate.records import read_records
 from kvplan.check.baselines import Baseline
 from kvplan.check.comparison import Row, compare
 from kvplan.check.scoring import Scorer

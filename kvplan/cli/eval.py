@@ -11,7 +11,7 @@ import typer
 from kvplan.cli.console import MAX_SEED
 
 if TYPE_CHECKING:
-    from kvplan.calibrate.prompts import Example
+    from kvplan.calibrate.examples import Example
     from kvplan.check.baselines import Baseline
     from kvplan.model_spec import ModelSpec
 

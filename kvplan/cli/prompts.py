@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvplan.cli.console import MAX_TOKENS, warn
 
 if TYPE_CHECKING:
-    from kvplan.calibrate.prompts import Example
+    from kvplan.calibrate.examples import Example
     from kvplan.model_spec import ModelSpec
     from kvplan.policy.schema import Policy
 

@@ -13,7 +13,7 @@ import typer
 from kvplan.cli.console import MAX_SEED
 
 if TYPE_CHECKING:
-    from kvplan.calibrate.prompts import Record
+    from kvplan.calibrate.records import Record
     from kvplan.model_spec import ModelSpec
     from kvplan.policy.schema import Policy
     from kvplan.runtime.generation import Generated
@@ -139,7 +139,7 @@ def _check_options(
 
 def _read(prompt: str | None, prompt_file: Path | None, data: Path | None) -> list[Record]:
     """The records to run: those of --data, or one made of the prompt."""
-    from kvplan.calibrate.prompts import Record, check_text, read_records
+    from kvplan.calibrate.records import Record, check_text, read_records
     from kvplan.errors import DataError
     from kvplan.files import read_text
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvplan.calibrate.prompts import Example
+    from kvplan.calibrate.examples import Example
     from kvplan.model_spec import ModelSpec
     from kvplan.search.shared import SharedStudy
 

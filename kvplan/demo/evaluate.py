@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kvplan.calibrate.prompts import Example, parse_record, to_example
+from kvplan.calibrate.examples import Example, to_example
+from kvplan.calibrate.records import parse_record
 from kvplan.demo.prompts import TASKS, make_record
 from kvplan.demo.world import Words
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from kvplan.calibrate.prompts import data_fingerprint, load_examples, read_records
+from kvplan.calibrate.prompts import data_fingerprint, load_examples
+from kvplan.calibrate.records import read_records
 from kvplan.demo.data import calib_data_path
 from kvplan.demo.tokenizer import build_tokenizer
 from kvplan.errors import DataError

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from kvplan.calibrate.examples import Example
 from kvplan.calibrate.precision import CODECS, MEASURED, Precision, storable
-from kvplan.calibrate.prompts import Example
 from kvplan.calibrate.sensitivity import EVICTORS, SHARES, measure, num_replays, stratified
 from kvplan.errors import MethodError, ProfileError
 from kvplan.model_spec import LayerSpec, ModelSpec

@@ -5,7 +5,7 @@ import random
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 
 BASE = {
     "vocab_size": 97,

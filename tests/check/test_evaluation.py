@@ -11,7 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from byte_model import byte_model, byte_tokenizer
 
-from kvplan.calibrate.prompts import Example, parse_record, to_example
+from kvplan.calibrate.examples import Example, to_example
+from kvplan.calibrate.records import parse_record
 from kvplan.check.cases import length_generated
 from kvplan.check.evaluate import Candidate, evaluate
 from kvplan.check.results import FULL_CACHE, Results, load_results, save_results

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from families import model, prompts
 
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 from kvplan.check.scoring import Scorer
 from kvplan.methods.channels import channel_selectors
 from kvplan.methods.codecs import codecs

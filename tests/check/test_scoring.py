@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 from families import model, prompts
 
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 from kvplan.check.scoring import Scorer
 from kvplan.methods.channels.think import ThinK
 from kvplan.methods.evictors import evictors

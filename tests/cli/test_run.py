@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kvplan.loading
 import kvplan.runtime.cache
-from kvplan.calibrate.prompts import parse_record
+from kvplan.calibrate.records import parse_record
 from kvplan.calibrate.requests import expected_answer, request_ids
 from kvplan.cli import console
 from kvplan.cli.app import app

@@ -303,10 +303,26 @@ def options_of(name: str) -> set[str]:
 @pytest.mark.parametrize(
     ("command", "sources"),
     [
-        ("calibrate", ["calibrate/prompts.py", "calibrate/shards.py", "calibrate/collect.py", "loading.py"]),
+        (
+            "calibrate",
+            [
+                "calibrate/prompts.py",
+                "calibrate/examples.py",
+                "calibrate/shards.py",
+                "calibrate/collect.py",
+                "loading.py",
+            ],
+        ),
         (
             "search",
-            ["calibrate/prompts.py", "loading.py", "search/budget.py", "search/journal.py", "search/storage.py"],
+            [
+                "calibrate/prompts.py",
+                "calibrate/examples.py",
+                "loading.py",
+                "search/budget.py",
+                "search/journal.py",
+                "search/storage.py",
+            ],
         ),
         ("run", ["cli/run.py", "calibrate/requests.py", "loading.py", "policy/rules.py"]),
     ],

@@ -10,7 +10,7 @@ import torch
 from families import CHUNKS, model, prompts
 
 import kvplan
-from kvplan.calibrate.prompts import Example
+from kvplan.calibrate.examples import Example
 from kvplan.check.scoring import Scorer
 from kvplan.errors import RuntimeLimitError
 from kvplan.methods.codecs.int8 import Int8

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvplan.calibrate.datasets_source import load_dataset_split
-from kvplan.calibrate.prompts import Example, Limits, to_example
+from kvplan.calibrate.examples import Example, Limits, to_example
 from kvplan.check.suites.base import Suite, suites
 from kvplan.errors import DataError
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from kvplan.calibrate.prompts import Example, to_example
+from kvplan.calibrate.examples import Example, to_example
 from kvplan.check.cases import length_generated
 from kvplan.check.tasks.base import Task, tasks
 from kvplan.errors import DataError
