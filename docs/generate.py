@@ -25,8 +25,9 @@ from kvplan.methods.params import Choice, search_ranges
 from kvplan.model_spec import ModelSpec
 from kvplan.policy import memory
 from kvplan.policy.compositions import CHUNK_RULES, RULES, Rule
+from kvplan.policy.json_schema import json_schema
 from kvplan.policy.schema import LayerPolicy, Policy, Slots, Target
-from kvplan.policy.serialize import SCHEMA_FILE, json_schema
+from kvplan.policy.serialize import SCHEMA_FILE
 from kvplan.registry import Registry
 
 DOCS = Path(__file__).resolve().parent

@@ -148,6 +148,6 @@ def bytes_(
 @app.command(cls=Command)
 def schema() -> None:
     """Print the JSON Schema of policy files, for editors."""
-    from kvplan.policy.serialize import json_schema
+    from kvplan.policy.json_schema import json_schema
 
     _print_json(json_schema())

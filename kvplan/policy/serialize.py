@@ -16,12 +16,13 @@ from kvplan.errors import PolicyError
 from kvplan.files import read_text, write_text
 from kvplan.methods.params import settings
 from kvplan.model_spec import layer_ranges
-from kvplan.policy import file_format
 from kvplan.policy.compositions import chunk_problems
-from kvplan.policy.file_format import LAYER_RANGES, MAX_LAYERS, LayerBlock, PolicyFile
+from kvplan.policy.file_format import MAX_LAYERS, LayerBlock, PolicyFile, known_keys
 from kvplan.policy.memory import stated_spec
+from kvplan.policy.problems import explain
 from kvplan.policy.rules import check_model, check_policy, fit_problems, layer_problems
 from kvplan.policy.schema import FORMAT_VERSION, LayerPolicy, Policy, Target, stated_windows
+from kvplan.policy.values import LAYER_RANGES
 from kvplan.policy.yaml_text import Document, Dumper, read
 from kvplan.units import format_share
 
@@ -29,7 +30,6 @@ __all__ = [
     "check_model",
     "check_policy",
     "dump_policy",
-    "json_schema",
     "load_policy",
     "parse_policy",
     "policy_fingerprint",
@@ -107,7 +107,7 @@ def _check_shape(document: Document) -> PolicyFile | None:
     try:
         return PolicyFile.model_validate(document.data)
     except ValidationError as error:
-        for path, told, at_key in file_format.explain(error, file_format.known_keys):
+        for path, told, at_key in explain(error, known_keys):
             document.report(path, told, at_key=at_key)
         return None
 
@@ -296,8 +296,3 @@ def _plain(value: Any, where: str) -> Any:
 def _flow(data: dict[str, Any]) -> str:
     text = yaml.dump(data, Dumper=Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
     return str(text).rstrip("\n")
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 7) of a policy file, for editors; shipped beside this module."""
-    return file_format.schema()

@@ -9,8 +9,9 @@ from kvplan.cli.policy import app
 from kvplan.errors import PolicyError
 from kvplan.methods.evictors.h2o import H2O
 from kvplan.methods.evictors.snapkv import SnapKV
+from kvplan.policy.json_schema import json_schema
 from kvplan.policy.schema import LayerPolicy, Policy, Slots, Target
-from kvplan.policy.serialize import json_schema, save_policy
+from kvplan.policy.serialize import save_policy
 
 MODEL = {"type": "llama", "layers": 4, "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"}
 LAYERS = (

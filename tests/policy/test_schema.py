@@ -6,8 +6,9 @@ import pytest
 
 from kvplan.methods.evictors import evictors
 from kvplan.methods.evictors.snapkv import SnapKV
+from kvplan.policy.json_schema import json_schema
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots, Target
-from kvplan.policy.serialize import SCHEMA_FILE, dump_policy, json_schema
+from kvplan.policy.serialize import SCHEMA_FILE, dump_policy
 from kvplan.policy.yaml_text import read
 
 VALIDATOR = jsonschema.Draft7Validator(json_schema())
