@@ -109,6 +109,7 @@ bench-gpu: $(INSTALLED)
 # The shipped policies, remade from the bundled model and data.
 policies: $(INSTALLED)
 	@mkdir -p build/policies
+	cp policies/bundled/*.schema.json build/policies  # policies name it where it lies beside them
 	cd build/policies && ../../$(BIN)/kvplan calibrate -o profile.json
 	for share in 50 40 25 10; do (cd build/policies && ../../$(BIN)/kvplan search --mem $$share% --trials 40 -o $$share.yaml \
 	  && cp $$share.yaml ../../policies/bundled/$${share}pct.yaml) || exit 1; done

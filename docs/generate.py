@@ -249,10 +249,11 @@ def policy_page() -> str:
         f"```yaml\n{EXAMPLE}```",
         "One of each of the other decisions:",
         f"```yaml\n{EXAMPLE_OF_ALL}```",
-        "Editors that speak YAML's language server complete and check a policy with its JSON Schema. Write that beside "
-        "your policies:",
+        "Editors that speak YAML's language server complete and check a policy with its JSON Schema. Write that where "
+        "you keep policies:",
         f"```sh\nkvplan policy schema > {SCHEMA_FILE}\n```",
-        "The first line of a policy that kvplan writes points to it.",
+        "From then on the first line of every policy that kvplan writes there points to it (`# yaml-language-server: "
+        f"$schema=./{SCHEMA_FILE}`); put it first in files that are older, or written by hand.",
         "YAML 1.2 scalars. Duplicate keys, tags, anchors and aliases are refused, and so is every unknown key.",
         "## Top level",
         fields(schema, "top", (Policy,), schema),

@@ -39,6 +39,7 @@ __all__ = [
 # What a `model:` block must state, of all layers alike, so that layers can be checked against it.
 _DESCRIBED = {"layers": int, "kv_heads": int, "head_dim": int, "dtype": str}
 SCHEMA_FILE = "kvplan-policy-v1.schema.json"
+MODELINE = f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n"
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -183,15 +184,17 @@ def _named(indices: list[int]) -> str:
 
 
 def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write a policy file, whole or not at all.
+    """Write a policy file, whole or not at all; for editors it names the schema, where that lies beside it.
 
     Raises:
         PolicyError: the policy could not be read back.
         KVPlanError: the file cannot be written.
     """
+    path = Path(path)
     text = dump_policy(policy)
     parse_policy(text, str(path))
-    write_text(Path(path), text)
+    # An editor complains of a schema that is not there.
+    write_text(path, MODELINE + text if (path.parent / SCHEMA_FILE).is_file() else text)
 
 
 def dump_policy(policy: Policy) -> str:
@@ -200,7 +203,7 @@ def dump_policy(policy: Policy) -> str:
     Raises:
         PolicyError: `model` or `provenance` holds something that is not plain data.
     """
-    lines = [f"# yaml-language-server: $schema=./{SCHEMA_FILE}", f"kvplan: {FORMAT_VERSION}"]
+    lines = [f"kvplan: {FORMAT_VERSION}"]
     if policy.model:
         lines.append(f"model: {_flow(_plain(policy.model, 'model'))}")
     if policy.target is not None:
@@ -223,7 +226,8 @@ def dump_policy(policy: Policy) -> str:
 def policy_fingerprint(policy: Policy) -> str:
     """sha256 over what the policy does, whatever it is called, made for or made by."""
     does = dump_policy(Policy(layers=policy.layers, prefill_chunk_tokens=policy.prefill_chunk_tokens))
-    return "sha256:" + hashlib.sha256(does.encode()).hexdigest()[:32]
+    # The line that files once began with stays part of it, so that fingerprints in old results hold.
+    return "sha256:" + hashlib.sha256((MODELINE + does).encode()).hexdigest()[:32]
 
 
 def layer_block(layer: LayerPolicy) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from kvplan.policy.serialize import (
     check_model,
     check_policy,
     dump_policy,
+    json_schema,
     load_policy,
     parse_policy,
+    policy_fingerprint,
     save_policy,
 )
 
@@ -144,7 +147,6 @@ def test_equal_layers_become_one_readable_entry():
         layers=(*(LayerPolicy(),) * 4, window, LayerPolicy(shares=4), window, window), target=Target(share=4000)
     )
     assert dump_policy(policy).splitlines() == [
-        f"# yaml-language-server: $schema=./{SCHEMA_FILE}",
         "kvplan: 1",
         "target: {share: 40%}",
         "layers:",
@@ -166,6 +168,25 @@ def test_save_then_load(tmp_path):
     policy = Policy(layers=(LayerPolicy(slots=Slots(100), evictor=TOVA()),))
     save_policy(policy, tmp_path / "p.yaml")
     assert load_policy(tmp_path / "p.yaml") == policy
+
+
+def test_a_file_names_the_schema_only_where_it_lies_beside_it(tmp_path):
+    policy = Policy(layers=(LayerPolicy(),))
+    save_policy(policy, tmp_path / "p.yaml")
+    assert (tmp_path / "p.yaml").read_text() == dump_policy(policy)
+    (tmp_path / SCHEMA_FILE).write_text("{}")
+    save_policy(policy, tmp_path / "p.yaml")
+    first, rest = (tmp_path / "p.yaml").read_text().split("\n", 1)
+    assert (first, rest) == (f"# yaml-language-server: $schema=./{SCHEMA_FILE}", dump_policy(policy))
+    assert load_policy(tmp_path / "p.yaml") == policy
+
+
+def test_fingerprints_of_old_results_hold():
+    shipped = Path(__file__).parents[2] / "policies" / "bundled"
+    assert policy_fingerprint(load_policy(shipped / "40pct.yaml")) == "sha256:436378820feefbe8264c3c1dda78de39"
+    for path in shipped.glob("*.yaml"):
+        assert path.read_text().startswith(f"# yaml-language-server: $schema=./{SCHEMA_FILE}\n")
+    assert json.loads((shipped / SCHEMA_FILE).read_text()) == json_schema()
 
 
 def test_rules_of_chunks_are_told_with_all_others():
