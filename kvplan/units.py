@@ -47,7 +47,8 @@ def parse_share(text: str) -> int:
         raise TargetError(f"'{text}' is not a share; write for example 40% or 0.4")
     share = round(float(match[1]) * (100 if match[2] else BASIS_POINTS))
     if not 0 < share <= BASIS_POINTS:
-        raise TargetError(f"'{text}' is not a share above 0% and at most 100%")
+        meant = f"; did you mean {match[1]}%?" if not match[2] and 0 < float(match[1]) <= 100 else ""
+        raise TargetError(f"'{text}' is not a share above 0% and at most 100%{meant}")
     return share
 
 

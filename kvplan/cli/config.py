@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand
 
-from kvplan.errors import ConfigError
+from kvplan.cli.console import warn
+from kvplan.errors import ConfigError, KVPlanError
 
 FILE = "kvplan.toml"
 PREFIX = "KVPLAN"
 # A file that comes with somebody else's folder must not make their code run.
 _NEVER_IN_FILE = ("trust_remote_code",)
-_OTHER_VARIABLES = {"KVPLAN_CONFIG", "KVPLAN_DEBUG", "KVPLAN_TORCH"}
+_OTHER_VARIABLES = {"KVPLAN_CONFIG", "KVPLAN_DEBUG", "KVPLAN_KERNELS", "KVPLAN_TORCH"}
+# Of the repository's own scripts and tests.
+_SCRIPT_VARIABLES = {"KVPLAN_CI_TRIALS", "KVPLAN_EXAMPLES", "KVPLAN_POSTGRES_BIN"}
 _NO_OPTIONS = {"help", "version"}
 
 explain = False  # --explain-config was given
@@ -53,13 +58,17 @@ current = Config()
 
 
 class Command(TyperCommand):
-    """A command that can say where each of its options comes from instead of running."""
+    """A command that can say where each of its options comes from instead of running, and names it in errors."""
 
     def invoke(self, ctx: Any) -> Any:
         if not explain:
-            return super().invoke(ctx)
-        path = tuple(ctx.command_path.split()[1:])
-        rows = [(_spelled(p), _shown(ctx.params.get(p.name)), _origin(ctx, path, p)) for p in self.params if p.name]
+            try:
+                return super().invoke(ctx)
+            except KVPlanError as error:
+                for param in self.params:
+                    _note_origin(error, ctx, param)
+                raise
+        rows = [(spelled(p), _shown(ctx.params.get(p.name)), _told_origin(ctx, p)) for p in self.params if p.name]
         width = max((len(name) for name, _, _ in rows), default=0)
         for name, value, origin in rows:
             print(f"{name:{width}}  {value}  ({origin})")
@@ -79,7 +88,7 @@ def load(root: Any, environ: Mapping[str, str] = os.environ) -> Config:
     Raises:
         ConfigError: the file cannot be read, or names a command or option that does not exist.
     """
-    commands = dict(_commands(root, ()))
+    commands, known = dict(_commands(root, ())), set[str]()
     config = Config()
     named = environ.get("KVPLAN_CONFIG")
     file = Path(named) if named else Path(FILE)
@@ -92,7 +101,19 @@ def load(root: Any, environ: Mapping[str, str] = os.environ) -> Config:
                     text = environ[variable]
                     value = [part.strip() for part in text.split(",")] if _is_list(param) else text
                     config.set(path, str(param.name), value, variable)
+                known.add(variable)
+    _warn_of_unknown(environ, known)
     return config
+
+
+def _warn_of_unknown(environ: Mapping[str, str], known: set[str]) -> None:
+    """An error would be too much: a variable may be of another version of kvplan, or of somebody's script."""
+    if f"_{PREFIX}_COMPLETE" in environ:  # the shell asks for completions, and would show it
+        return
+    for name in sorted(environ):
+        if name.startswith(f"{PREFIX}_") and name not in known | _OTHER_VARIABLES | _SCRIPT_VARIABLES:
+            near = get_close_matches(name, sorted(known | _OTHER_VARIABLES), n=1)
+            warn(f"{name} is no variable of kvplan and has no effect{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _from_file(config: Config, commands: Mapping[tuple[str, ...], Mapping[str, Any]], file: Path) -> None:
@@ -158,15 +179,38 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
         yield path, {_key(p): p for p in options}
 
 
-def _origin(ctx: Any, path: tuple[str, ...], param: Any) -> str:
+def origin(ctx: Any, param: Any) -> str | None:
+    """The file or variable that an option's value is from; None: the command line, or the default."""
+    source = None if ctx is None else ctx.get_parameter_source(param.name)
+    if source is None or source.name != "DEFAULT_MAP":
+        return None
+    return current.origins.get((tuple(ctx.command_path.split()[1:]), param.name))
+
+
+def _told_origin(ctx: Any, param: Any) -> str:
     source = ctx.get_parameter_source(param.name)
     if source is not None and source.name == "COMMANDLINE":
         return "command line"
-    return current.origins.get((path, param.name), "default")
+    return origin(ctx, param) or "default"
 
 
-def _spelled(param: Any) -> str:
-    return max(param.opts, key=len) if param.param_type_name == "option" else param.name.upper()
+def _note_origin(error: KVPlanError, ctx: Any, param: Any) -> None:
+    """Say where an option's value is from, if the error is about it: it names the option, or quotes the value."""
+    where, value = origin(ctx, param), ctx.params.get(param.name)
+    if where is None or value is None:
+        return
+    values = value if isinstance(value, list | tuple) else [value]
+    # A number may stand in any message.
+    words = [spelled(param), *(str(v) for v in values if not isinstance(v, int | float))]
+    if any(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", str(error)) for word in words if word):
+        error.add_note(f"({spelled(param)} {_shown(value)} is from {where})")
+
+
+def spelled(param: Any) -> str:
+    """As users write it: `--max-tokens`, or a metavar."""
+    if param.param_type_name == "option":
+        return str(max(param.opts, key=len))
+    return str(param.metavar or param.name.upper())
 
 
 def _shown(value: Any) -> str:

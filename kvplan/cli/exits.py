@@ -19,7 +19,7 @@ from typing import Any
 
 import typer
 
-from kvplan.cli import config
+from kvplan.cli import config, usage
 from kvplan.cli.console import BROKEN_PIPE_EXIT, error, silence_stdout
 from kvplan.errors import KVPlanError, is_out_of_memory
 
@@ -101,12 +101,15 @@ def _run(app: typer.Typer, argv: list[str], received: list[int]) -> int:
     try:
         try:
             config.current = config.load(typer.main.get_command(app))
-            app(args=argv, prog_name="kvplan", default_map=config.current.default_map())
+            defaults = config.current.default_map()
+            code = app(args=argv, prog_name="kvplan", default_map=defaults, standalone_mode=False)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except usage.ClickError as failure:
+            return _usage(failure, argv, typer.main.get_command(app))
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPT_EXIT
     except BrokenPipeError:
         silence_stdout()
@@ -116,12 +119,20 @@ def _run(app: typer.Typer, argv: list[str], received: list[int]) -> int:
             traceback.print_exception(failure)
         # A library that is importing turns the interrupt into an error of its own.
         return INTERRUPT_EXIT if received else _report(failure)
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _usage(failure: Any, argv: Sequence[str], command: Any) -> int:
+    if "\n" in failure.format_message():  # a group alone asks for its help
+        failure.show()
+    else:
+        error(usage.told(failure, argv, command))
+    return USAGE_EXIT
 
 
 def _report(failure: Exception) -> int:
     if isinstance(failure, KVPlanError):
-        error(str(failure))
+        error(" ".join([str(failure), *getattr(failure, "__notes__", ())]))
         return failure.exit_code
     if _disk_full(failure):
         name = getattr(failure, "filename", None)

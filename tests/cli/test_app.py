@@ -80,10 +80,32 @@ def test_success_is_zero() -> None:
     assert run_app(fake(lambda: None), ["go"]) == 0
 
 
-@pytest.mark.parametrize("argv", [["go", "--nope"], ["nope"], ["go", "--count", "many"]])
-def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_app(fake(lambda: None), argv) == 2
-    assert capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("search --nope", "kvplan search has no option '--nope'; see kvplan search --help"),
+        ("search --trails 3", "kvplan search has no option '--trails'; did you mean '--trials'?"),
+        ("serch", "unknown command 'serch'; did you mean 'search'?"),
+        ("policy shw", "unknown command 'shw'; did you mean 'show'?"),
+        ("zzz", "unknown command 'zzz'; see kvplan --help"),
+        ("--nope", "kvplan has no option '--nope'; see kvplan --help"),
+        ("run", "kvplan run needs --policy (A policy file); see kvplan run --help"),
+        ("policy show", "kvplan policy show needs FILE (A policy file); see kvplan policy show --help"),
+        ("search --mem", "option '--mem' requires an argument; see kvplan search --help"),
+        ("search --mem 4% --trials x", "--trials x: must be a valid integer; see kvplan search --help"),
+        ("bench --policy p --batch 0", "--batch 0: must be greater than or equal to 1; see kvplan bench --help"),
+        ("policy bytes a b", "got unexpected extra argument(s) (b); see kvplan policy bytes --help"),
+        ("doctor --json=1", "option '--json' does not take a value; see kvplan doctor --help"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(argv: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(kvplan_app, argv.split()) == 2
+    assert capsys.readouterr() == ("", f"error: {told}\n")
+
+
+def test_a_group_alone_shows_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(kvplan_app, ["policy"]) == 2
+    assert "validate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--debug", "go"], ["go", "--debug"]])

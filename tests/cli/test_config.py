@@ -76,6 +76,40 @@ def test_lists_and_commands_of_groups(here: Path) -> None:
     assert found.default_map()["policy"]["bytes"]["context"] == 9
 
 
+def test_an_error_names_the_file_or_variable_that_a_value_is_from(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "kvplan.toml").write_text('profile = "none.json"\n[search]\nmem = "40x"\ntrials = 5\n')
+    monkeypatch.setenv("KVPLAN_BATCH", "0")
+    asked = [
+        (("search",), "--batch 0: must be greater than or equal to 1 (from KVPLAN_BATCH); see kvplan search --help"),
+        (("search", "--batch", "1"), "'40x' is not a size; write for example 512MiB or 1.5GiB "
+         "(--mem 40x is from kvplan.toml [search])"),
+        (("search", "--batch", "1", "--mem", "5%"), "--mem 5% holds for any context and batch; leave out --context and "
+         "--batch"),
+    ]  # fmt: skip
+    for argv, told in asked:
+        assert run_app(kvplan_app, list(argv)) == 2
+        assert capsys.readouterr().err == f"error: {told}\n"
+    monkeypatch.delenv("KVPLAN_BATCH")
+    assert run_app(kvplan_app, ["search", "--mem", "5%"]) == 2
+    told = "none.json: cannot read the profile (No such file or directory) (--profile none.json is from kvplan.toml)"
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_a_variable_that_means_nothing_is_a_warning(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("KVPLAN_SERCH_TRIALS", "KVPLAN_SEARCH_TRIALS", "KVPLAN_KERNELS", "KVPLAN_TORCH"):
+        monkeypatch.setenv(name, "1")
+    assert run_app(kvplan_app, ["policy", "schema"]) == 0
+    told = "warning: KVPLAN_SERCH_TRIALS is no variable of kvplan and has no effect; did you mean KVPLAN_SEARCH_TRIALS?"
+    assert capsys.readouterr().err == told + "\n"
+    monkeypatch.setenv("_KVPLAN_COMPLETE", "bash_complete")
+    load(ROOT)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
