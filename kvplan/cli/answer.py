@@ -40,9 +40,11 @@ def answer_from(
         inputs = load_inputs(shared, model, data, device, trust_remote_code)
 
         from kvplan import __version__
+        from kvplan.calibrate.collect import prompt_hash
         from kvplan.check.scoring import Scorer
         from kvplan.search.answer import answer
         from kvplan.search.confirm import hold_out
+        from kvplan.search.seen import KEY, packed, unpacked
 
         tasks = [example.task for example in inputs.examples]
         confirm_prompts = hold_out(tasks)[1]
@@ -64,6 +66,9 @@ def answer_from(
                     "data": inputs.known["data"],
                     "study": shared.name,
                     "model": model or shared.definition.inputs["model"] or "bundled",
+                    KEY: packed(
+                        [*unpacked(shared.definition.profile.prompt_hashes), *map(prompt_hash, inputs.examples)]
+                    ),
                 },
             )
     result = found.result

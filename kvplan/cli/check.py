@@ -116,6 +116,7 @@ def command(
     """
     from kvplan.check.criteria import Limits
     from kvplan.cli.prompts import Prompts, labels, load_all_fit, refuse_twice
+    from kvplan.cli.reuse import warn_of_found_on
     from kvplan.errors import KVPlanError
     from kvplan.units import parse_share
 
@@ -154,6 +155,7 @@ def command(
     prompts.check_names()
     network, tokenizer, spec, bundled = load_all_fit(files, plans, model, dtype, device, trust_remote_code)
     examples, sources = prompts.load(tokenizer, spec, bundled)
+    warn_of_found_on(examples, dict(zip(names, plans, strict=True)))
 
     from kvplan.check.evaluate import Candidate
 

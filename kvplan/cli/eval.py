@@ -85,6 +85,7 @@ def command(
     """Measure policies and baselines beside the full cache: KL, top-1, perplexity, scores, bytes and speed."""
     from kvplan.cli.console import note, out, stages
     from kvplan.cli.prompts import Prompts, labels, load_all_fit, refuse_twice
+    from kvplan.cli.reuse import warn_of_found_on
 
     _check_options(policy, baseline, profile)
     prompts = Prompts(
@@ -108,6 +109,7 @@ def command(
     prompts.check_names()
     network, tokenizer, spec, bundled = load_all_fit(files, plans, model, dtype, device, trust_remote_code)
     examples, sources = prompts.load(tokenizer, spec, bundled)
+    warn_of_found_on(examples, dict(zip(labels(files), plans, strict=True)))
 
     from kvplan.check.evaluate import Candidate, evaluate
     from kvplan.check.results import save_results

@@ -170,9 +170,11 @@ def command(
     import json
 
     from kvplan import __version__
+    from kvplan.calibrate.collect import prompt_hash
     from kvplan.calibrate.prompts import data_fingerprint, load_examples
     from kvplan.check.scoring import Scorer
     from kvplan.cli.console import err, note, out, stages, warn
+    from kvplan.cli.reuse import warn_of_calibration, warn_of_twins
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
     from kvplan.policy.memory import plan
@@ -182,6 +184,7 @@ def command(
     from kvplan.report.policy import picture
     from kvplan.report.search import as_data, live_table, summary, trial_line
     from kvplan.search.confirm import TrialRow, hold_out
+    from kvplan.search.seen import KEY, packed
     from kvplan.search.storage import where
     from kvplan.search.study import search
 
@@ -210,6 +213,8 @@ def command(
     search_prompts, confirm_prompts = hold_out(tasks)
     for part in (search_prompts, confirm_prompts):
         goal.check([tasks[i] for i in part], [bool(examples[i].answers) for i in part])
+    warn_of_calibration(examples, measured.statistics.prompt_hashes)
+    warn_of_twins(examples, search_prompts, confirm_prompts)
     scorer = Scorer(network, spec, examples, replay_memory=replay_bytes)
     fingerprint = data_fingerprint(examples)
     saved = False
@@ -281,6 +286,7 @@ def command(
                     "data": fingerprint,
                     "seed": seed,
                     "model": model or "bundled",
+                    KEY: packed([*measured.statistics.prompt_hashes, *map(prompt_hash, examples)]),
                 },
             )
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from kvplan.search.compile import Compiler, budget_for
 from kvplan.search.decisions import Decisions
 from kvplan.search.layer_groups import Groups
 from kvplan.search.objective import Objective
+from kvplan.search.seen import packed
 from kvplan.search.space import SearchSpace, space_for
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class MeasuredProfile:
     num_tokens: int
     num_prompts: int
     data_fingerprint: str
+    prompt_hashes: str = ""  # packed
 
     @classmethod
     def of(cls, profile: Profile | MeasuredProfile) -> MeasuredProfile:
@@ -52,6 +54,7 @@ class MeasuredProfile:
             num_tokens=profile.statistics.num_tokens,
             num_prompts=profile.statistics.num_prompts,
             data_fingerprint=profile.data_fingerprint,
+            prompt_hashes=packed(profile.statistics.prompt_hashes),
         )
 
     @property

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,27 @@ def test_tables_fit_80_columns_and_keep_the_ways_of_asking_apart(
     assert text.count("paired with the full cache") == text.count("paired with (1) a") == 2
     assert "score by task, question-agnostic" in text and "KL by context, question-aware" in text
     assert "tok/s" in text and "  predicted: each token of the answer is the likeliest" in text
+
+
+def test_prompts_that_a_policy_was_found_on_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kvplan.calibrate.collect import prompt_hash
+    from kvplan.calibrate.prompts import load_examples
+    from kvplan.policy.serialize import load_policy
+    from kvplan.search.seen import KEY, packed
+
+    examples = load_examples(["prompts.jsonl"], byte_tokenizer())
+    a = load_policy("a.yaml")
+    save_policy(replace(a, provenance={KEY: packed(map(prompt_hash, examples[1:]))}), "a.yaml")
+    told = (
+        "warning: 3 of 4 prompts are among those that a was found on, so its scores flatter it; give others with --data"
+    )
+    assert kvplan_eval(*BOTH, "--speed-tokens", 0) == 0
+    assert capsys.readouterr().err.splitlines() == [told]
+    loose = ("--max-kl", "10", "--min-recovery", "0", "--max-prompts", "4")
+    run_app(app, ["-q", "check", *BOTH, *loose])
+    assert capsys.readouterr().err.splitlines() == [told]
+    assert kvplan_eval("--policy", "b.yaml", "--data", "prompts.jsonl", "--speed-tokens", 0) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_scores_are_shown_only_where_something_is_scored(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

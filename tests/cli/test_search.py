@@ -53,6 +53,8 @@ def test_targets(mem: str, context: int | None, batch: int | None, target: Targe
     [
         ("much", None, "'much' is not a share; write for example 40% or 0.4"),
         ("0%", None, "'0%' is not a share above 0% and at most 100%"),
+        ("40", None, "'40' is not a share above 0% and at most 100%; did you mean 40%?"),
+        ("400", None, "'400' is not a share above 0% and at most 100%"),
         ("512M", None, "'512M' is not a size; write for example 512MiB or 1.5GiB"),
         ("2 G", 4096, "'2 G' is not a size; write for example 512MiB or 1.5GiB"),
         ("3XB", None, "'3XB' is not a size; write for example 512MiB or 1.5GiB"),
@@ -77,7 +79,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
     profile = FakeProfile()
     scoring: Any = ModuleType("kvplan.check.scoring")
 
-    def scorer(model: Any, spec: ModelSpec, examples: Any, *, replay_memory: int | None) -> SimpleNamespace:
+    def scorer(model: Any, spec: ModelSpec, examples: Any, *, replay_memory: int | None = None) -> SimpleNamespace:
         score.replay_memory = replay_memory
         return SimpleNamespace(score=score, prepare=score.prepare)
 
@@ -120,6 +122,33 @@ def test_search_writes_a_policy_and_its_journal(
     assert (tmp_path / "policy.40pct.journal").exists()
     assert [len(prompts) for _, prompts in faked.calls[:4]] == [6] * 4
     assert len(faked.calls[-1][1]) == 3
+
+
+def test_prompts_that_are_used_twice_are_told(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import kvplan.calibrate.profile
+    import kvplan.calibrate.prompts
+    from kvplan.calibrate.collect import prompt_hash
+    from kvplan.search.seen import KEY, unpacked
+
+    def warnings() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+    assert kvplan_search("--mem", "40%", "--trials", "1") == 0
+    assert not [line for line in warnings() if "equal" in line or "calibrated" in line]
+    profile = FakeProfile(prompt_hashes=tuple(map(prompt_hash, EXAMPLES[:4])))
+    monkeypatch.setattr(kvplan.calibrate.profile.Profile, "load", classmethod(lambda cls, path: profile))
+    twins = [*EXAMPLES[:8], SimpleNamespace(**{**vars(EXAMPLES[4]), "id": "twin"})]
+    monkeypatch.setattr(kvplan.calibrate.prompts, "load_examples", lambda *args, **options: twins)
+    assert kvplan_search("--mem", "40%", "--trials", "1", "-o", "other.yaml") == 0
+    told = warnings()
+    assert told[0].startswith("warning: 4 of 9 prompts calibrated the profile too,") and told[0].endswith("with --data")
+    assert told[1].startswith("warning: 1 of 3 prompts to confirm on equal a prompt to search on, under another id")
+    kept = unpacked(load_policy(tmp_path / "other.yaml").provenance[KEY])
+    assert kept == {prompt_hash(example)[:8] for example in twins}
+    assert kvplan_search("--from-study", "other.40pct.journal", "--mem", "60%", "-o", "third.yaml") == 0
+    assert unpacked(load_policy(tmp_path / "third.yaml").provenance[KEY]) == kept
 
 
 @pytest.mark.parametrize(("given", "handed"), [((), None), (("--replay-memory", "1.5GiB"), 1610612736)])

@@ -43,6 +43,7 @@ class FakeProfile:
     )
 
     data_fingerprint: str = "sha256:data"
+    prompt_hashes: tuple[str, ...] = ()
     codecs: tuple[str, ...] = ()
 
     @property
@@ -51,7 +52,7 @@ class FakeProfile:
 
     @property
     def statistics(self) -> Any:
-        return SimpleNamespace(num_tokens=10 * self.mean_tokens, num_prompts=10)
+        return SimpleNamespace(num_tokens=10 * self.mean_tokens, num_prompts=10, prompt_hashes=self.prompt_hashes)
 
     @property
     def sensitivity(self) -> dict[str, dict[int, list[float]]]:

@@ -1,0 +1,53 @@
+"""Warnings about prompts that are used twice: scores on them flatter what was fitted to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvplan.cli.console import warn
+
+if TYPE_CHECKING:
+    from kvplan.calibrate.prompts import Example
+    from kvplan.policy.schema import Policy
+
+
+def warn_of_calibration(examples: Sequence[Example], hashes: Iterable[str]) -> None:
+    """Prompts of a search that calibrated its profile too.
+
+    Args:
+        hashes: The profile's.
+    """
+    from kvplan.calibrate.collect import prompt_hash
+
+    known = set(hashes)
+    if count := sum(prompt_hash(example) in known for example in examples):
+        warn(
+            f"{count} of {len(examples)} prompts calibrated the profile too, so the search fits them twice and its "
+            "scores flatter it; give other prompts with --data"
+        )
+
+
+def warn_of_twins(examples: Sequence[Example], searched: Sequence[int], confirmed: Sequence[int]) -> None:
+    """Prompts to confirm on that equal one to search on; their ids differ."""
+    seen = {(examples[i].prompt_ids, examples[i].continuation_ids) for i in searched}
+    if count := sum((examples[i].prompt_ids, examples[i].continuation_ids) in seen for i in confirmed):
+        warn(
+            f"{count} of {len(confirmed)} prompts to confirm on equal a prompt to search on, under another id, so the "
+            "confirmed scores flatter; give each prompt once"
+        )
+
+
+def warn_of_found_on(examples: Sequence[Example], policies: Mapping[str, Policy]) -> None:
+    """Prompts to judge policies on that these were calibrated or searched on."""
+    from kvplan.calibrate.collect import prompt_hash
+    from kvplan.calibrate.prompts import data_fingerprint
+    from kvplan.search.seen import num_seen
+
+    hashes, data = [prompt_hash(example) for example in examples], data_fingerprint(examples)
+    for name, policy in policies.items():
+        if count := num_seen(hashes, data, policy.provenance):
+            warn(
+                f"{count} of {len(examples)} prompts are among those that {name} was found on, so its scores flatter "
+                "it; give others with --data"
+            )
