@@ -12,13 +12,13 @@ from kvplan.methods.evictors.snapkv import SnapKV
 from kvplan.methods.evictors.tova import TOVA
 from kvplan.methods.params import Choice, search_ranges
 from kvplan.model_spec import LayerSpec, ModelSpec
+from kvplan.policy.json_schema import json_schema
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots, Target
 from kvplan.policy.serialize import (
     SCHEMA_FILE,
     check_model,
     check_policy,
     dump_policy,
-    json_schema,
     load_policy,
     parse_policy,
     policy_fingerprint,
