@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvplan.cli.console import warn
 
 if TYPE_CHECKING:
-    from kvplan.calibrate.prompts import Example
+    from kvplan.calibrate.examples import Example
     from kvplan.policy.schema import Policy
 
 
