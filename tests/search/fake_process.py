@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from search_fakes import FakeProfile, FakeScore
+from search_fakes import FakeProfile, FakeScore, spec_of
 
 from kvplan.policy.schema import Policy, Target
 from kvplan.search.budget import Protection
 from kvplan.search.compile import budget_for
+from kvplan.search.confirm import SearchResult
 from kvplan.search.shared import SharedStudy
 from kvplan.search.space import space_for
 from kvplan.search.storage import open_storage
@@ -32,6 +34,24 @@ def num_starts(trials: int) -> int:
     profile = FakeProfile()
     budget = budget_for(profile, profile.spec, Target(share=4000), Protection())
     return min(trials, len(space_for(profile, budget)[1].warm_starts()))
+
+
+def fake_search(
+    storage: Path | str | None, trials: int, score: FakeScore | None = None, **options: Any
+) -> SearchResult:
+    """A search at 40 % on the fake profile."""
+    profile = FakeProfile()
+    return search(
+        profile,
+        profile.spec,
+        Target(share=4000),
+        score or FakeScore(),
+        search_prompts=SEARCH,
+        confirm_prompts=CONFIRM,
+        trials=trials,
+        storage=storage,
+        **options,
+    )
 
 
 class SlowScore(FakeScore):
@@ -64,25 +84,14 @@ def main() -> None:
     parser.add_argument("--stale-after", type=float, default=180.0)
     parser.add_argument("--log", type=Path, default=Path(os.devnull))
     args = parser.parse_args()
-    profile, score = FakeProfile(), SlowScore(args.seconds, args.log)
+    score = SlowScore(args.seconds, args.log)
     if args.role == "worker":
         with open_storage(args.storage, say, create=False) as storage:
-            worked = work(SharedStudy.join(storage, args.study), profile.spec, score, say=say)
+            worked = work(SharedStudy.join(storage, args.study), spec_of(), score, say=say)
         print(json.dumps({"own": worked.own, "done": worked.done, "total": worked.total}))
         return
-    result = search(
-        profile,
-        profile.spec,
-        Target(share=4000),
-        score,
-        search_prompts=SEARCH,
-        confirm_prompts=CONFIRM,
-        trials=args.trials,
-        storage=args.storage,
-        study=args.study,
-        stale_after=args.stale_after,
-        say=say,
-    )
+    options = {"study": args.study, "stale_after": args.stale_after, "say": say}
+    result = fake_search(args.storage, args.trials, score, **options)
     rows = [[row.number, row.label] for row in result.trials]
     print(json.dumps({"rows": rows, "kl": result.winner.kl, "others": result.by_others}))
 

@@ -11,34 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_process import CONFIRM, SEARCH, fake_search
 from search_fakes import FakeProfile, FakeScore, spec_of
 
 from kvplan.errors import StudyError
-from kvplan.policy.schema import Target
 from kvplan.search.definition import Definition, MeasuredProfile
 from kvplan.search.shared import DEFINITION, IDENTITY, SharedStudy
 from kvplan.search.storage import open_storage
-from kvplan.search.study import search
 from kvplan.search.worker import Worked, work
 
-SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
 WARM_STARTS = 14
 PROCESS = [sys.executable, str(Path(__file__).parent / "fake_process.py")]
-
-
-def run(path: Path, score: FakeScore, trials: int, **options: Any) -> Any:
-    profile = FakeProfile()
-    return search(
-        profile,
-        profile.spec,
-        Target(share=4000),
-        score,
-        search_prompts=SEARCH,
-        confirm_prompts=CONFIRM,
-        trials=trials,
-        storage=path,
-        **options,
-    )
 
 
 def join(path: Path, score: FakeScore, **options: Any) -> Worked:
@@ -49,20 +32,20 @@ def join(path: Path, score: FakeScore, **options: Any) -> Worked:
 def test_a_worker_finishes_what_a_search_began_and_the_search_confirms(tmp_path: Path) -> None:
     path, score = tmp_path / "study", FakeScore()
     with pytest.raises(KeyboardInterrupt):
-        run(path, FakeScore(fail_at=5), trials=18)
+        fake_search(path, 18, FakeScore(fail_at=5))
     seen: list[int] = []
     worked = join(path, score, on_trial=lambda row, best, done: seen.append(done))
     assert worked == Worked(own=14, done=18, total=18)
     assert seen[-1] == 18 and all(asked == SEARCH for _, asked in score.calls)
     again = FakeScore()
-    result = run(path, again, trials=18)
+    result = fake_search(path, 18, again)
     assert [asked for _, asked in again.calls] == [CONFIRM] * len(result.finalists)
     labels = [row.label for row in result.trials if row.label != "search"]
     assert len(result.trials) == 18 and len(set(labels)) == len(labels) == WARM_STARTS
 
 
 def test_a_finished_study_has_nothing_for_a_worker(tmp_path: Path) -> None:
-    run(tmp_path / "study", FakeScore(), trials=3)
+    fake_search(tmp_path / "study", 3, FakeScore())
     score = FakeScore()
     assert join(tmp_path / "study", score) == Worked(own=0, done=3, total=3)
     assert not score.calls
@@ -70,7 +53,7 @@ def test_a_finished_study_has_nothing_for_a_worker(tmp_path: Path) -> None:
 
 def test_a_worker_starts_no_trial_after_its_time(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "study", FakeScore(fail_at=3), trials=9)
+        fake_search(tmp_path / "study", 9, FakeScore(fail_at=3))
     assert join(tmp_path / "study", FakeScore(), timeout=0).done == 2
 
 
@@ -80,9 +63,9 @@ def test_two_searches_share_the_trials_of_one_storage(tmp_path: Path) -> None:
     def nested(policy: object) -> None:
         if not inner:
             inner.append(None)
-            inner.append(run(path, FakeScore(), trials=12))
+            inner.append(fake_search(path, 12, FakeScore()))
 
-    outer = run(path, FakeScore(), trials=12, on_best=nested)
+    outer = fake_search(path, 12, FakeScore(), on_best=nested)
     assert len(outer.trials) == len(inner[1].trials) == 12
     assert outer.by_others >= 11 and outer.policy.layers == inner[1].policy.layers
 
@@ -96,14 +79,14 @@ def test_two_searches_share_the_trials_of_one_storage(tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_of_other_inputs_is_refused_by_name(tmp_path: Path, mine: dict[str, str], told: str) -> None:
-    run(tmp_path / "study", FakeScore(), trials=1, identity={"kvplan": "0.1", "data": "theirs"})
+    fake_search(tmp_path / "study", 1, FakeScore(), identity={"kvplan": "0.1", "data": "theirs"})
     with pytest.raises(StudyError) as caught:
         join(tmp_path / "study", FakeScore(), identity=mine)
     assert told in str(caught.value)
 
 
 def test_a_worker_of_another_model_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "study", FakeScore(), trials=1)
+    fake_search(tmp_path / "study", 1, FakeScore())
     with open_storage(tmp_path / "study") as storage:
         shared = SharedStudy.join(storage, None)
         with pytest.raises(StudyError, match=r"another model \(sha256:fake; here sha256:other\); give its --model"):
@@ -120,7 +103,7 @@ def test_a_storage_without_a_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with open_storage(tmp_path / "empty") as storage, pytest.raises(StudyError, match=r"no study \(it holds none\)"):
         SharedStudy.join(storage, None)
-    run(tmp_path / "study", FakeScore(), trials=1, study="mine")
+    fake_search(tmp_path / "study", 1, FakeScore(), study="mine")
     with open_storage(tmp_path / "study") as storage:
         with pytest.raises(StudyError, match=r"no study 'other' \(there: mine\)"):
             SharedStudy.join(storage, "other")
@@ -131,7 +114,7 @@ def test_a_storage_without_a_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_definition_survives_its_storage(tmp_path: Path) -> None:
-    run(tmp_path / "study", FakeScore(), trials=1, codecs=["dense"], evictors=["h2o", "snapkv"])
+    fake_search(tmp_path / "study", 1, FakeScore(), codecs=["dense"], evictors=["h2o", "snapkv"])
     with open_storage(tmp_path / "study") as storage:
         attrs = SharedStudy.join(storage, None).study.user_attrs
     definition = Definition.from_json(json.loads(json.dumps(attrs[DEFINITION])))

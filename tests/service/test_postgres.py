@@ -10,41 +10,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
-from fake_process import CONFIRM, SEARCH, num_starts
+from fake_process import SEARCH, fake_search, num_starts
 from postgres_server import PASSWORD, Server
-from search_fakes import FakeProfile, FakeScore, spec_of
+from search_fakes import FakeScore, spec_of
 
 from kvplan.errors import StudyError
-from kvplan.policy.schema import Target
 from kvplan.search.shared import SharedStudy
 from kvplan.search.storage import open_storage
-from kvplan.search.study import search
 from kvplan.search.trials import read_stored_study
 from kvplan.search.worker import work
 
 pytestmark = pytest.mark.service
 PROCESS = [sys.executable, str(Path(__file__).parents[1] / "search" / "fake_process.py")]
-
-
-def run(storage: str | None, trials: int, **options: Any) -> Any:
-    profile = FakeProfile()
-    score = options.pop("score", FakeScore())
-    return search(
-        profile,
-        profile.spec,
-        Target(share=4000),
-        score,
-        search_prompts=SEARCH,
-        confirm_prompts=CONFIRM,
-        trials=trials,
-        storage=storage,
-        **options,
-    )
 
 
 def start(role: str, url: str, *options: str) -> subprocess.Popen[str]:
@@ -109,14 +90,14 @@ def test_three_workers_one_killed_and_the_server_restarted(server: Server, url: 
     # The killed trial once more; and a policy twice only where two processes drew it at the same moment.
     assert len(scored(log)) <= trials + 1
     assert len(scored(log)) - len({policy for _, policy in scored(log)}) <= 4
-    alone = run(None, trials)
+    alone = fake_search(None, trials)
     assert found["kl"] <= alone.winner.kl * 1.1 + 0.01
 
 
 def test_a_trial_of_another_host_is_tried_again_when_it_shows_no_sign_of_life(url: str, tmp_path: Path) -> None:
     with open_storage(url) as storage:
         with pytest.raises(KeyboardInterrupt):
-            run(url, trials=6, score=FakeScore(fail_at=3), stale_after=2.0)
+            fake_search(url, 6, FakeScore(fail_at=3), stale_after=2.0)
         shared = SharedStudy.join(storage, None if len(storage.study_names()) != 1 else storage.study_names()[0])
         shared.study.ask()  # no sign of life, and no process here that runs it
         told: list[str] = []
@@ -128,12 +109,12 @@ def test_a_trial_of_another_host_is_tried_again_when_it_shows_no_sign_of_life(ur
 
 
 def test_studies_of_one_server_are_told_apart(url: str) -> None:
-    run(url, trials=2, study="mine", identity={"data": "a"})
-    assert run(url, trials=2, study="mine", identity={"data": "a"}).resumed == 2
+    fake_search(url, 2, study="mine", identity={"data": "a"})
+    assert fake_search(url, 2, study="mine", identity={"data": "a"}).resumed == 2
     with pytest.raises(StudyError, match="holds a search with another data; give another --study"):
-        run(url, trials=2, study="mine", identity={"data": "b"})
-    assert run(url, trials=2, identity={"data": "b"}).resumed == 0
-    assert run(url, trials=2, identity={"data": "b"}).resumed == 2
+        fake_search(url, 2, study="mine", identity={"data": "b"})
+    assert fake_search(url, 2, identity={"data": "b"}).resumed == 0
+    assert fake_search(url, 2, identity={"data": "b"}).resumed == 2
     with open_storage(url) as storage:
         assert len(storage.study_names()) == 2
         with pytest.raises(StudyError, match="say with --study which one"):
@@ -231,7 +212,7 @@ def test_writers_survive_restarts_whatever_they_were_doing(server: Server, url: 
 
 
 def test_a_report_reads_a_study_from_the_server(url: str) -> None:
-    found = run(url, 12, study="mine")
+    found = fake_search(url, 12, study="mine")
     record = read_stored_study(url, "mine")
     assert [(t.number, t.label) for t in record.trials] == [(row.number, row.label) for row in found.trials]
     assert [t.mean_kl for t in record.trials] == pytest.approx([row.kl for row in found.trials])
