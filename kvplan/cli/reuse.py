@@ -48,6 +48,6 @@ def warn_of_found_on(examples: Sequence[Example], policies: Mapping[str, Policy]
     for name, policy in policies.items():
         if count := num_seen(hashes, data, policy.provenance):
             warn(
-                f"{count} of {len(examples)} prompts are among those that {name} was found on, so its scores flatter "
-                "it; give others with --data"
+                f"at least {count} of {len(examples)} prompts are among those that {name} was found on, so its scores "
+                "flatter it; give others with --data"
             )

@@ -5,16 +5,21 @@ from typing import Any
 
 import pytest
 
-from kvplan.search.seen import KEY, num_seen, packed, unpacked
+from kvplan.search.seen import KEY, MOST_HASHES, num_seen, packed, unpacked
 
 HASHES = [hashlib.sha256(str(i).encode()).hexdigest()[:16] for i in range(50)]
 
 
 def test_short_hashes_survive_packing_in_any_order() -> None:
+    text = packed(HASHES[:20])
+    assert unpacked(text) == {one[:8] for one in HASHES[:20]}
+    assert packed(reversed(HASHES[:20])) == packed([*HASHES[:20], HASHES[0]]) == text
+
+
+def test_of_many_hashes_a_sample_is_kept_whatever_was_packed_before() -> None:
     text = packed(HASHES)
-    assert unpacked(text) == {one[:8] for one in HASHES}
-    assert packed(reversed(HASHES)) == packed([*HASHES, HASHES[0]]) == text
-    assert len(text) < 50 * 6
+    assert unpacked(text) == {one[:8] for one in sorted(HASHES)[:MOST_HASHES]} and len(text) == 128
+    assert packed([*unpacked(packed(HASHES[:30])), *unpacked(packed(HASHES[30:]))]) == text
 
 
 @pytest.mark.parametrize("damaged", [None, 3, "not base64!", ["a"], "ä"])
@@ -24,9 +29,11 @@ def test_what_is_no_list_of_hashes_holds_none(damaged: Any) -> None:
 
 
 def test_prompts_are_counted() -> None:
-    found_on = {KEY: packed(HASHES[:30]), "data": "sha256:data"}
-    assert num_seen(HASHES[20:], "sha256:data", found_on) == 10
-    assert num_seen(HASHES[30:], "sha256:data", found_on) == 0
+    found_on = {KEY: packed(HASHES[:20]), "data": "sha256:data"}
+    assert num_seen(HASHES[10:], "sha256:data", found_on) == 10
+    assert num_seen(HASHES[20:], "sha256:data", found_on) == 0
+    sample = {KEY: packed(HASHES)}
+    assert num_seen(HASHES, "sha256:data", sample) == MOST_HASHES
 
 
 def test_a_policy_without_hashes_is_recognised_by_its_whole_sets() -> None:
