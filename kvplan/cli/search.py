@@ -12,11 +12,13 @@ from kvplan.cli.console import MAX_SEED, MAX_TOKENS
 
 if TYPE_CHECKING:
     from kvplan.check.results import Cost
+    from kvplan.check.step_costs import StepCosts
     from kvplan.model_spec import ModelSpec
     from kvplan.policy.schema import Target
     from kvplan.search.confirm import SearchResult
 
 COST_TOKENS, COST_ROUNDS = 24, 3
+STEP_TOKENS, STEP_ROUNDS = 12, 2
 
 
 def command(
@@ -180,7 +182,7 @@ def command(
     from kvplan.policy.memory import plan
     from kvplan.policy.schema import Policy
     from kvplan.policy.serialize import save_policy
-    from kvplan.report.front import front_data, front_table
+    from kvplan.report.front import front_data, front_table, predictions
     from kvplan.report.policy import picture
     from kvplan.report.search import as_data, live_table, summary, trial_line
     from kvplan.search.confirm import TrialRow, hold_out
@@ -299,17 +301,21 @@ def command(
         note(f"trials run by other processes: {result.by_others}")
     found: dict[str, object] = as_data(result)
     if pareto:
-        costs = front_costs(network, spec, examples[confirm_prompts[0]].prompt_ids, result)
-        front = front_data(result, spec, costs, seed)
+        timed = examples[confirm_prompts[0]].prompt_ids
+        steps = front_steps(network, spec, timed, result)
+        costs = front_costs(network, spec, timed, result)
+        front = front_data(result, spec, costs, seed, steps)
         write_text(front_path(output), json.dumps(front, indent=1, allow_nan=False) + "\n")
         found["front"] = front["points"]
+        if steps is not None:
+            found["predicted_speedups"] = predictions(result, spec, steps)
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
     else:
         out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
         out.print(summary(result), soft_wrap=True)
         if pareto:
-            out.print(front_table(result, spec, costs), soft_wrap=True)
+            out.print(front_table(result, spec, costs, steps), soft_wrap=True)
     if pareto:
         note(f"wrote {front_path(output)}: {len(result.front)} plans, none beaten in both bytes and KL")
     note(f"wrote {output} ({where(address)} keeps the trials); next: kvplan run --policy {output} 'a prompt'")
@@ -341,11 +347,29 @@ def front_costs(network: object, spec: ModelSpec, prompt: Sequence[int], result:
 
     policies = {str(f.trial.number): f.trial.policy for f in result.front}
     steps = len(policies) + (len(policies) + 1) * (COST_ROUNDS + 1)
-    room = (spec.max_context_tokens or MAX_TOKENS) - len(prompt)
-    tokens = max(0, min(COST_TOKENS, room))
+    tokens = min(COST_TOKENS, room_after(prompt, spec))
     with progress("timing the front", steps) as advance:
         found = costs(network, spec, policies, prompt, new_tokens=tokens, repeats=COST_ROUNDS, progress=advance)
     return {int(number): cost for number, cost in found.items()}
+
+
+def front_steps(network: object, spec: ModelSpec, prompt: Sequence[int], result: SearchResult) -> StepCosts | None:
+    """What predicts the decode speed of all trials, from what their layers do; None after a prompt without room."""
+    from kvplan.check.step_probes import probes_for, step_costs
+    from kvplan.cli.console import progress
+
+    tokens = min(STEP_TOKENS, room_after(prompt, spec))
+    if not tokens:
+        return None
+    probes = probes_for([row.policy for row in (*result.trials, *(f.trial for f in result.front))], spec, len(prompt))
+    steps = (sum(len(probe.policies) for probe in probes) + 1) * (STEP_ROUNDS + 1)
+    with progress("timing steps", steps) as advance:
+        return step_costs(network, spec, probes, prompt, new_tokens=tokens, repeats=STEP_ROUNDS, progress=advance)
+
+
+def room_after(prompt: Sequence[int], spec: ModelSpec) -> int:
+    """Tokens that the model has positions for after a prompt."""
+    return max(0, (spec.max_context_tokens or MAX_TOKENS) - len(prompt))
 
 
 def parse_target(mem: str, context: int | None, batch: int | None) -> Target:

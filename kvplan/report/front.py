@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from kvplan.check.results import Cost
+from kvplan.check.step_costs import StepCosts
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.serialize import dump_policy
@@ -19,8 +20,10 @@ from kvplan.units import format_share
 FORMAT = 1
 
 
-def front_table(result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost]) -> Table:
-    """The fewest bytes first, on the confirmation prompts."""
+def front_table(
+    result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost], steps: StepCosts | None = None
+) -> Table:
+    """The fewest bytes first, on the confirmation prompts; decode speeds as measured, and as `steps` predicts them."""
     rows = []
     for finalist in result.front:
         held = plan(finalist.trial.policy, spec, [result.context_tokens])
@@ -35,23 +38,34 @@ def front_table(result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost]
                 f"[{span.low:.4f}, {span.high:.4f}]",
                 "-" if task is None else f"{task:.1%}",
                 speed,
+                "-" if steps is None else f"{steps.speedup(finalist.trial.policy, spec):.2f} x",
             ]
         )
-    headers = ("plan", "of full", "KL", "95 %", "exact", "decode")
+    headers = ("plan", "of full", "KL", "95 %", "exact", "decode", "predicted")
     return number_table(headers, rows, f"the front, at a prompt of {result.context_tokens} tokens")
 
 
-def front_data(result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost], seed: int) -> dict[str, Any]:
-    """For the front's file: every plan whole, with its scores."""
+def front_data(
+    result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost], seed: int, steps: StepCosts | None = None
+) -> dict[str, Any]:
+    """For the front's file: every plan whole, with its scores, and the table that predicts decode speeds."""
     return {
         "kvplan_front": FORMAT,
         "model": dict(spec.policy_block()),
         "prompt_tokens": result.context_tokens,
-        "points": [_point(finalist, result.context_tokens, spec, costs, seed) for finalist in result.front],
+        "step_costs": None if steps is None else steps.as_data(),
+        "points": [_point(finalist, result.context_tokens, spec, costs, seed, steps) for finalist in result.front],
     }
 
 
-def _point(finalist: Finalist, context: int, spec: ModelSpec, costs: Mapping[int, Cost], seed: int) -> dict[str, Any]:
+def predictions(result: SearchResult, spec: ModelSpec, steps: StepCosts) -> dict[int, float]:
+    """Decode speed over transformers' full cache that is predicted for every trial, by its number."""
+    return {row.number: steps.speedup(row.policy, spec) for row in result.trials}
+
+
+def _point(
+    finalist: Finalist, context: int, spec: ModelSpec, costs: Mapping[int, Cost], seed: int, steps: StepCosts | None
+) -> dict[str, Any]:
     policy = state(finalist.trial.policy, finalist, context, seed, spec)
     held, cost = plan(policy, spec, [context]), costs.get(finalist.trial.number)
     return {
@@ -66,5 +80,6 @@ def _point(finalist: Finalist, context: int, spec: ModelSpec, costs: Mapping[int
         "task": finalist.scores.mean_task,
         "tokens_per_second": None if cost is None else cost.tokens_per_second,
         "speedup": None if cost is None else cost.speedup,
+        "predicted_speedup": None if steps is None else steps.speedup(policy, spec),
         "policy": dump_policy(policy),
     }

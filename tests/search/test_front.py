@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from search_fakes import FakeProfile, FakeScore, total_kl
 
+from kvplan.check.step_costs import BASE, FULL, Line, StepCosts
 from kvplan.errors import StudyError, TargetError
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import Target
+from kvplan.report.front import front_data, front_table, predictions
 from kvplan.search.answer import Answer, answer
 from kvplan.search.budget import Protection
 from kvplan.search.compile import budget_for
@@ -113,3 +115,19 @@ def test_a_target_below_the_smallest_policy_is_refused_before_anything_is_scored
     run(3, storage=journal)
     with pytest.raises(TargetError, match="below the smallest policy"):
         answered(journal, 100)
+
+
+def test_every_trial_of_a_front_has_a_predicted_speed() -> None:
+    found = run(14, shares=SHARES)
+    lines = {name: Line(0.1, 0.001) for name in (BASE, FULL, "evictor snapkv", "evictor h2o", "shares")}
+    steps = StepCosts(1000, reference=10.0, floor=1.0, parts=lines)
+    speeds = predictions(found, PROFILE.spec, steps)
+    assert speeds == {row.number: steps.speedup(row.policy, PROFILE.spec) for row in found.trials}
+    front = front_data(found, PROFILE.spec, {}, 0, steps)
+    told = [point["predicted_speedup"] for point in front["points"]]
+    assert told == [speeds[f.trial.number] for f in found.front]
+    assert told == sorted(told, reverse=True)  # every slot costs the same here, so fewer bytes are faster
+    assert front["step_costs"]["full_cache_ms"] == 10_000
+    table = front_table(found, PROFILE.spec, {}, steps)
+    assert [*table.columns[-1].cells] == [f"{speed:.2f} x" for speed in told]
+    assert front_data(found, PROFILE.spec, {}, 0)["points"][0]["predicted_speedup"] is None
