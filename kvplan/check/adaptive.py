@@ -107,7 +107,8 @@ def look(
     for criterion in criteria(rows, base, asked.limits):
         finding = judge(criterion, level)
         # The same numbers need no statistics to be called the same.
-        findings.append(replace(finding, state=State.PASS) if same and criterion.relative else finding)
+        unchanged = same and criterion.relative
+        findings.append(replace(finding, state=State.PASS, unchanged=True) if unchanged else finding)
     return Outcome(
         policy=asked.name,
         state=worst(finding.state for finding in findings),

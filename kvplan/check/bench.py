@@ -61,7 +61,7 @@ def bench(
     """Decode `new_tokens` tokens after a random prompt, on every cache in turn.
 
     Every round starts from the same prompt, which is prefilled once. The cut cache of transformers holds the last
-    tokens of the prompt, as many as the policy's bytes are worth, and grows from there.
+    tokens, as many as the policy's bytes after the prompt are worth: each new token pushes the oldest out.
 
     Args:
         progress: Called `(repeats + 1) * 4` times.
@@ -83,8 +83,8 @@ def bench(
     kept = min(context, max(1, round(context * planned.ratio)))
     held: dict[str, int] = {}
 
-    def own(name: str, tokens: int) -> float:
-        cache = dynamic_cache(model, prompt, tokens)
+    def own(name: str, tokens: int, *, cut: bool = False) -> float:
+        cache = dynamic_cache(model, prompt, tokens, held=cut)
         spent = decode_seconds(model, cache, ids, new_tokens)
         held[name] = sum(_bytes(t) for layer in cache.layers for t in (layer.keys, layer.values))
         return spent
@@ -99,7 +99,7 @@ def bench(
     cases = {
         FULL: lambda: own(FULL, context),
         POOL: lambda: under(POOL, full_policy(model)),
-        CUT: lambda: own(CUT, kept),
+        CUT: lambda: own(CUT, kept, cut=True),
         POLICY: lambda: under(POLICY, policy),
     }
     times = in_turn(cases, repeats, progress)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from kvplan.check.results import Cost
 from kvplan.check.timing import Spread, in_turn, ratio, seconds
@@ -93,9 +94,30 @@ def prefilled(runtime: Runtime, prompt: PromptCapture, ids: Tensor) -> PolicyCac
     return cache
 
 
-def dynamic_cache(model: Any, prompt: PromptCapture, tokens: int) -> DynamicCache:
-    """Transformers' own cache with the last tokens of the prompt."""
+class HeldLayer(DynamicLayer):
+    """A layer of transformers' cache that holds so many tokens and no more: the oldest go."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values to attend to, [B, Hkv, at most `tokens` behind a single step, D]."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        first = max(keys.shape[-2] - (self.tokens - 1), 0)  # room for the token that comes next
+        self.keys, self.values = keys[:, :, first:], values[:, :, first:]
+        return keys, values
+
+
+def dynamic_cache(model: Any, prompt: PromptCapture, tokens: int, *, held: bool = False) -> DynamicCache:
+    """Transformers' own cache with the last tokens of the prompt.
+
+    Args:
+        held: It never holds more than `tokens`; a layer with a window of its own keeps that.
+    """
     cache = DynamicCache(config=model.config)
+    if held:
+        cache.layers = [layer if layer.is_sliding else HeldLayer(tokens) for layer in cache.layers]
     for index, layer in enumerate(prompt.layers):
         cache.update(layer.keys[:, :, -tokens:].clone(), layer.values[:, :, -tokens:].clone(), index)
     return cache

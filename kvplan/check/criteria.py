@@ -180,7 +180,8 @@ def exact(rows: Sequence[PromptRow], base: Sequence[PromptRow] | None, limits: L
         made.append(_bytes("bytes planned", planned, before, planned > before))
     if limits.max_bytes is not None:
         most = limits.max_bytes * full
-        made.append(_bytes("bytes of full cache's", held, most // BASIS_POINTS, held * BASIS_POINTS > most))
+        above = held * BASIS_POINTS > most
+        made.append(replace(_bytes("bytes of full cache's", held, most // BASIS_POINTS, above), full=full))
     return made
 
 

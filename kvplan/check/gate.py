@@ -73,6 +73,8 @@ class Finding:
         prompts: How many it is judged on; 0 where the numbers are exact.
         value, low, high: The mean loss and its interval, or the exact number three times.
         part: See Criterion.
+        full: Of bytes that are held to a share: those of a full cache.
+        unchanged: The prompts gave the baseline's numbers again, which needs no interval.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Finding:
     limit: float
     unit: str
     part: str | None = None
+    full: int | None = None
+    unchanged: bool = False
 
 
 def looks(total: int, first: int = FIRST_LOOK) -> list[int]:

@@ -27,11 +27,11 @@ def command(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Time decoding under a policy, beside transformers' cache (full, and cut at the prompt) and a full policy.
+    """Time decoding under a policy, beside transformers' cache (full, and cut) and a full policy.
 
-    The cut cache starts with as many of the prompt's last tokens as the policy's bytes are worth, and grows with every
-    new token. A random prompt; the four caches take turns, so that other programs slow all of them alike. On a CPU with
-    one thread (OMP_NUM_THREADS=1) the clock is the thread's own CPU time.
+    The cut cache holds as many last tokens as the policy's bytes after the prompt are worth; every new one pushes the
+    oldest out. A random prompt; the four caches take turns, so that other programs slow all of them alike. On a CPU
+    with one thread (OMP_NUM_THREADS=1) the clock is the thread's own CPU time.
     """
     from kvplan.policy.serialize import load_policy
 
@@ -58,8 +58,10 @@ def command(
         typer.echo(json.dumps({**settings, "caches": [row.to_json() for row in rows]}, indent=2))
         return
 
-    from kvplan.report.bench import table
+    from kvplan.report.bench import notes, table
 
     rounds = f"{repeats} round{'s' if repeats > 1 else ''}"
     title = f"{batch} x {context} tokens, {new_tokens} new; medians of {rounds} (quartiles)"
     out.print(table(rows, title), soft_wrap=True)
+    for line in notes(rows):
+        out.print(line, soft_wrap=True)

@@ -338,6 +338,7 @@ def _report(outcomes: Sequence[Outcome], junit: Path | None, summary: Path | Non
     from kvplan.cli.exits import FINDING_EXIT, INCONCLUSIVE_EXIT
     from kvplan.files import read_text, write_text
     from kvplan.report import check as told
+    from kvplan.report.tables import wrapped
 
     if junit is not None:
         write_text(junit, told.junit(outcomes))
@@ -353,7 +354,7 @@ def _report(outcomes: Sequence[Outcome], junit: Path | None, summary: Path | Non
             if outcome.findings:
                 out.print(told.table(outcome), soft_wrap=True)
         for line in told.notes(outcomes):
-            out.print(line, soft_wrap=True)
+            out.print(wrapped(line), soft_wrap=True)
         for outcome in outcomes:
             out.print(told.verdict(outcome), soft_wrap=True)
     state = worst(outcome.state for outcome in outcomes)

@@ -72,13 +72,27 @@ def set_verbose(verbose: bool) -> None:
 
 
 def note(message: str) -> None:
-    """Talk, on stderr; nothing with --quiet."""
+    """Talk, on stderr; nothing with --quiet. Wrapped on a terminal alone, so that logs can be searched."""
     if not _quiet:
-        err.print(message, soft_wrap=True)
+        err.print(_wrapped(message), soft_wrap=True)
+
+
+def note_command(command: str) -> None:
+    """A command to copy, never broken into lines; nothing with --quiet."""
+    if not _quiet:
+        err.print(f"  {command}", soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    err.print(f"warning: {message}", soft_wrap=True)
+    err.print(_wrapped(f"warning: {message}"), soft_wrap=True)
+
+
+def _wrapped(message: str) -> str:
+    if not err.is_terminal:
+        return message
+    from kvplan.report.tables import wrapped
+
+    return "\n".join(wrapped(line, err.width) for line in message.splitlines())
 
 
 def error(message: str) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from kvplan.check.adaptive import Outcome
 from kvplan.check.gate import BYTES, NATS, RATIO, SHARE, Finding, State, worst
 from kvplan.check.results import PolicyResult, Results
-from kvplan.report.tables import number_table
+from kvplan.report.tables import nats, number_table
 from kvplan.units import format_bytes
 
 HEADERS = ("criterion", "n", "found", "interval", "at most", "verdict")
@@ -25,6 +25,7 @@ MEANINGS = (
     ("KL", "from the full cache; nats a token."),
     ("recovery loss", "1 - score / the full cache's score."),
     ("aware", "of the prompts that held the question when they were compressed; agnostic: of the others."),
+    ("unchanged", "the same plan, and on every prompt the baseline's numbers; no interval is needed."),
     ("slowdown", "seconds a token, of transformers' full cache's."),
 )
 
@@ -69,6 +70,9 @@ def worst_part(outcome: Outcome) -> Finding | None:
 
 def _told(finding: Finding) -> str:
     value, limit = number(finding.value, finding.unit), number(finding.limit, finding.unit)
+    if finding.full is not None:
+        value += f" ({finding.value / finding.full:.1%} of full)"
+        limit += f" ({finding.limit / finding.full:.1%})"
     interval = _interval(finding)
     return f"{finding.name} {value}{f' {interval}' if interval else ''}, at most {limit}"
 
@@ -83,8 +87,8 @@ def cells(finding: Finding) -> tuple[str, ...]:
         finding.name,
         str(finding.prompts) if finding.prompts else "-",
         _short(finding.value, finding.unit),
-        _interval(finding) or "exact",
-        _short(finding.limit, finding.unit),
+        _interval(finding) or ("exact" if finding.full is None else f"{finding.value / finding.full:.2%} of full"),
+        _short(finding.limit, finding.unit) if finding.full is None else f"{finding.limit / finding.full:.2%}",
         finding.state.value,
     )
 
@@ -93,6 +97,8 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
     """What the shown criteria mean, a line each."""
     names = [finding.name for outcome in outcomes for finding in outcome.findings]
     shown = {word for name in names for word in name.split(": ")}
+    if any(finding.unchanged for outcome in outcomes for finding in outcome.findings):
+        shown.add("unchanged")
     told = [f"{name}: {meaning}" for name, meaning in MEANINGS if name in shown]
     for outcome in outcomes:
         if outcome.state is not State.PASS and outcome.harmed:
@@ -110,7 +116,7 @@ def number(value: float, unit: str) -> str:
     if unit == RATIO:
         return f"{value:.2f}x"
     if unit == NATS:
-        return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.2f}"
+        return nats(value)
     return f"{value:.1%}"
 
 
@@ -121,6 +127,8 @@ def _short(value: float, unit: str) -> str:
 def _interval(finding: Finding) -> str:
     if finding.unit == BYTES:
         return ""
+    if finding.unchanged:
+        return "unchanged"
     low, high = finding.low, finding.high
     if finding.unit == SHARE:  # no score is lost more than whole
         low, high = max(low, -1.0), min(high, 1.0)

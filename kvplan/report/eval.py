@@ -23,7 +23,7 @@ from kvplan.check.summary import (
     summaries,
     summarise,
 )
-from kvplan.report.tables import MIN_PROMPTS, number_table
+from kvplan.report.tables import MIN_PROMPTS, nats, number_table
 from kvplan.stats import Interval
 from kvplan.units import format_bytes
 
@@ -33,6 +33,7 @@ CELL_WIDTH = 8  # of a policy's column in a breakdown, the gap included
 QUALITY = ("policy", "bytes", "KL", "top-1", "ppl", "score", "recovery [95%]")
 AGAINST_FULL = ("policy", "KL [95%]", "score - full [95%]")
 COST = ("policy", "planned", "held", "peak", "full", "tok/s", "speed")
+OWN_POOL = "kvplan, full"  # as kvplan bench calls it; a full cache that is faster than "full cache" confuses
 LOW_SCORE = 0.2  # of the full cache; below, what is lost of it is hardly measured
 WAYS = {
     AGNOSTIC: "question-agnostic: the cache is cut before the question is known.",
@@ -78,7 +79,7 @@ def _quality(name: str, row: Summary) -> tuple[str, ...]:
     return (
         name,
         f"{row.share:.1%}",
-        "-" if full else small(row.kl.mean),
+        "-" if full else nats(row.kl.mean),
         f"{row.top1.mean:.3f}",
         _perplexity(row.perplexity),
         "-" if row.score is None else f"{row.score.mean:.3f}",
@@ -95,7 +96,7 @@ def _perplexity(value: float) -> str:
 def _against_full(name: str, row: Summary) -> tuple[str, ...]:
     return (
         name,
-        _spread(small, row.kl, row.prompts),
+        _spread(nats, row.kl, row.prompts),
         "-" if row.score_change is None else _spread(_plus, row.score_change, row.scored),
     )
 
@@ -111,7 +112,7 @@ def _against_first(results: Results, group: Group, scored: bool) -> Table:
     rows = [
         (
             name,
-            _spread(_plus_small, one.kl, len(group.rows)),
+            _spread(_plus_nats, one.kl, len(group.rows)),
             "-" if one.score is None else _spread(_plus, one.score, _scored(first, group)),
         )
         for name, one in zip(_names(results)[2:], found, strict=True)
@@ -126,7 +127,7 @@ def breakdown(results: Results, parts: Sequence[Group], what: str, group: str) -
     per_table = max(1, (WIDTH - max(width, len(what)) - 7) // CELL_WIDTH)
     numbers = range(len(results.policies))
     made = []
-    cells: list[tuple[str, Callable[[Summary], str]]] = [("KL", lambda s: small(s.kl.mean))]
+    cells: list[tuple[str, Callable[[Summary], str]]] = [("KL", lambda s: nats(s.kl.mean))]
     if any(one.score is not None for _, found in rows for one in found):
         cells.insert(0, ("score", lambda s: "-" if s.score is None else f"{s.score.mean:.3f}"))
     for title, cell in cells:
@@ -157,7 +158,7 @@ def cost(results: Results) -> Table:
         tokens = one.context_tokens
         rows.append(
             (
-                name,
+                OWN_POOL if policy.name == FULL_CACHE else name,
                 *(_size(n) for n in (one.planned_bytes, one.kv_bytes, one.peak_bytes)),
                 f"{one.kv_bytes / one.full_bytes:.1%}",
                 "-" if one.tokens_per_second is None else f"{one.tokens_per_second[0]:.1f}",
@@ -191,7 +192,7 @@ def notes(results: Results) -> list[str]:
     if any(policy.cost and policy.cost.speedup for policy in results.policies):
         told += [
             "speed: decoding beside transformers' full cache (1x), medians.",
-            "  The row full cache is kvplan's own pool without eviction.",
+            f"{OWN_POOL}: every token, in kvplan's own pool instead of transformers' cache.",
         ]
     return told
 
@@ -228,13 +229,6 @@ def as_data(results: Results) -> dict[str, Any]:
     }
 
 
-def small(value: float) -> str:
-    """A KL in six characters: `3e-06`, `0.0003`, `0.031`, `1.41`."""
-    if abs(value) < 1e-4:
-        return f"{value:.0e}" if value else "0"
-    return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
-
-
 def shortened(name: str) -> str:
     """The number and the end of a long name, where names differ."""
     if len(name) <= NAME_WIDTH:
@@ -257,8 +251,9 @@ def _plus(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def _plus_small(value: float) -> str:
-    return f"+{small(value)}" if value > 0 else small(value)
+def _plus_nats(value: float) -> str:
+    told = nats(value)
+    return told if told.startswith("-") else f"+{told}"
 
 
 def _spread(told: Callable[[float], str], found: Interval, prompts: int) -> str:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 MIN_PROMPTS = 5  # of a shown interval: a bootstrap over fewer is much too narrow, over one of no width
+WIDTH = 80
+
+
+def wrapped(line: str, width: int = WIDTH) -> str:
+    """A line in lines of `width` columns; those after the first are indented. Words, which may be paths, stay whole."""
+    if len(line) <= width:
+        return line
+    return textwrap.fill(
+        line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+
+
+def nats(value: float) -> str:
+    """A KL in six characters, or seven with its sign: `0.0003`, `1.4089`, `12.340`."""
+    shown = round(value, 4) + 0.0  # no -0.0000
+    return f"{shown:.4f}" if abs(shown) < 10 else f"{shown:.3f}"
 
 
 def number_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:

@@ -201,6 +201,18 @@ def test_stages_on_a_terminal_are_one_bar_at_a_time(monkeypatch: pytest.MonkeyPa
     assert stream.getvalue().index("first") < stream.getvalue().index("second")
 
 
+def test_talk_is_wrapped_on_a_terminal_and_commands_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=stream, force_terminal=True, no_color=True, width=40))
+    console.note("words " * 12 + "/a/path-that-is-longer/than-the-terminal-is-wide.yaml")
+    console.warn("words " * 12)
+    console.note_command("kvplan run --policy a-long-name.yaml 'a prompt'")
+    lines = stream.getvalue().splitlines()
+    assert "  kvplan run --policy a-long-name.yaml 'a prompt'" in lines
+    assert "  /a/path-that-is-longer/than-the-terminal-is-wide.yaml" in lines
+    assert [line for line in lines if len(line) > 40 and "/" not in line and "kvplan" not in line] == []
+
+
 SCRIPT = """
 import sys, time, typer
 from kvplan.cli import console

@@ -42,7 +42,7 @@ def test_json_holds_all_four_caches_and_the_bytes_that_were_planned(
     caches = {row["name"]: row for row in told["caches"]}
     assert list(caches) == [FULL, POOL, CUT, POLICY]
     assert caches[FULL]["kv_bytes"] == caches[FULL]["full_kv_bytes"] == bundled[1].full_kv_bytes([43, 43])
-    assert caches[CUT]["kv_bytes"] == bundled[1].full_kv_bytes([23, 23])
+    assert caches[CUT]["kv_bytes"] == bundled[1].full_kv_bytes([20, 20])  # after 3 new tokens too
     every = LayerPolicy(slots=Slots(share=5000), min_slots=20)
     policy = Policy(layers=(every,) * bundled[1].num_layers)
     assert caches[POLICY]["kv_bytes"] == plan(policy, bundled[1], [40, 40], 3).total
@@ -55,6 +55,7 @@ def test_the_table_fits_80_columns(quarter: Path, capsys: pytest.CaptureFixture[
     assert run_app(app, ["-q", "bench", "--policy", str(quarter), *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "2 x 40 tokens, 3 new" in lines[0]
+    assert [f"{name}:" in " ".join(lines) for name in (FULL, POOL, CUT)] == [True] * 3
     assert max(map(len, lines)) <= 80
 
 

@@ -66,7 +66,9 @@ def test_an_unchanged_policy_passes_and_every_report_says_so(here: Path, capsys:
     (here / "job.md").write_text("before\n")
     assert kvplan_check(*BOTH, "--junit", "out.xml", "--summary", "job.md") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines[:-2])) <= 90
+    assert max(map(len, lines[:-2])) <= 80
+    rows = [line.split() for line in lines if line.startswith(" KL rise")]
+    assert [row[4:] for row in rows] == [["unchanged", "0.0200", "pass"]] * 2
     assert lines[-1] == "a: pass after 70 of 70 prompts: the baseline's numbers again"
     suites = ElementTree.parse(here / "out.xml").getroot()
     assert [suite.get("name") for suite in suites] == ["b", "a"]

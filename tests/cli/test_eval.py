@@ -84,7 +84,10 @@ def test_tables_fit_80_columns_and_keep_the_ways_of_asking_apart(
     assert "question-agnostic, 2 prompts" in text and "question-aware, 2 prompts" in text
     assert text.count("paired with the full cache") == text.count("paired with (1) a") == 2
     assert "score by task, question-agnostic" in text and "KL by context, question-aware" in text
-    assert "tok/s" in text and "  predicted: each token of the answer is the likeliest" in text
+    assert (
+        " kvplan, full " in text[text.index("tok/s") :]
+        and "  predicted: each token of the answer is the likeliest" in text
+    )
 
 
 def test_prompts_that_a_policy_was_found_on_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from kvplan.check.adaptive import Outcome
 from kvplan.check.gate import BYTES, NATS, RATIO, SHARE, Finding, State
 from kvplan.check.slowdown import judge_slowdown
-from kvplan.report.check import as_data, junit, markdown, number, verdict, worst_part
+from kvplan.report.check import as_data, cells, junit, markdown, notes, number, verdict, worst_part
+from kvplan.report.tables import nats
 
 
 def finding(name: str = "KL rise", state: State = State.PASS, value: float = 0.01, **changes: object) -> Finding:
@@ -31,7 +32,9 @@ def test_the_verdict_says_why() -> None:
         verdict(outcome(finding(), reproduced=True)) == "p: pass after 96 of 250 prompts: the baseline's numbers again"
     )
     told = verdict(outcome(finding("x"), RED, replace(RED, name="t: KL rise"), state=State.REGRESSION))
-    assert told == ("p: regression after 96 of 250 prompts: KL rise 0.30 [0.29, 0.31], at most 0.0200; also t: KL rise")
+    assert told == (
+        "p: regression after 96 of 250 prompts: KL rise 0.3000 [0.2900, 0.3100], at most 0.0200; also t: KL rise"
+    )
     many = [replace(RED, name=f"t{i}") for i in range(6)]
     assert verdict(outcome(*many, state=State.REGRESSION)).endswith("also t1, t2, t3 and 2 more")
     unclear = outcome(finding(state=State.INCONCLUSIVE), state=State.INCONCLUSIVE)
@@ -59,9 +62,31 @@ def test_bytes_are_told_to_the_byte() -> None:
     assert verdict(outcome(over, state=State.REGRESSION)).endswith("bytes planned 1,000,001, at most 1,000,000")
 
 
+def test_a_share_of_the_bytes_is_told_with_the_bytes() -> None:
+    held = finding("bytes of full cache's", State.REGRESSION, 410, prompts=0, limit=400, unit=BYTES, full=1000)
+    assert verdict(outcome(held, state=State.REGRESSION)).endswith(
+        "bytes of full cache's 410 (41.0% of full), at most 400 (40.0%)"
+    )
+    assert cells(held) == ("bytes of full cache's", "-", "410 B", "41.00% of full", "40.00%", "regression")
+
+
+def test_what_is_unchanged_has_no_interval_that_says_otherwise() -> None:
+    same = finding("score loss", value=0.0, low=-1.0, high=1.0, unit=SHARE, unchanged=True)
+    assert cells(same) == ("score loss", "250", "0.0%", "unchanged", "2.0%", "pass")
+    assert "[" not in markdown([outcome(same, reproduced=True)])
+    assert any(line.startswith("unchanged: ") for line in notes([outcome(same)]))
+    assert not any(line.startswith("unchanged: ") for line in notes([outcome(finding())]))
+
+
+def test_kl_has_one_format() -> None:
+    assert [nats(x) for x in (0.0, 2e-8, -2e-8, 9e-5, 0.0312, 1.4, 12.3456, -0.5)] == [
+        "0.0000", "0.0000", "0.0000", "0.0001", "0.0312", "1.4000", "12.346", "-0.5000",
+    ]  # fmt: skip
+
+
 def test_numbers_go_by_their_unit() -> None:
     told = [number(0.0123, NATS), number(1.4, NATS), number(0.034, SHARE), number(1.5, RATIO), number(math.inf, NATS)]
-    assert told == ["0.0123", "1.40", "3.4%", "1.50x", "inf"]
+    assert told == ["0.0123", "1.4000", "3.4%", "1.50x", "inf"]
 
 
 def test_a_cache_above_its_plan_is_a_failed_case() -> None:
