@@ -12,8 +12,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    FiniteFloat,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     ValidationError,
@@ -31,6 +29,7 @@ from kvplan.calibrate.statistics import (
     moment_shape,
 )
 from kvplan.errors import MethodError, ProfileError
+from kvplan.json_fields import Measure, Name, Seconds
 from kvplan.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
 
 
@@ -52,8 +51,8 @@ class _Model(BaseModel):
 
 class _Moments(_Model):
     count: NonNegativeInt
-    sum: list[FiniteFloat]
-    squares: list[FiniteFloat]
+    sum: list[Measure]
+    squares: list[Measure]
 
     def unpack(self, shape: tuple[int, ...], count: int, where: str) -> Moments:
         size = int(np.prod(shape, dtype=object))
@@ -96,7 +95,7 @@ class _Spec(_Model):
     query_heads: PositiveInt
     dtype: str
     max_context_tokens: PositiveInt | None
-    model_type: str
+    model_type: Name
     fingerprint: Annotated[str, Field(pattern=r"^[!-~]{1,100}$")] | None
 
 
@@ -109,8 +108,8 @@ class _Data(_Model):
 
 class _Sensitivity(_Model):
     settings: dict[str, Any]
-    seconds: NonNegativeFloat
-    moments: dict[str, dict[str, _Moments]]
+    seconds: Seconds
+    moments: dict[Name, dict[str, _Moments]]
     codecs: dict[str, _Moments] = {}  # profiles of the first version have none
 
     def unpack(self, num_layers: int) -> SensitivitySums:
@@ -154,7 +153,7 @@ class _File(_Model):
     spec: _Spec
     data: _Data
     settings: dict[str, Any]
-    seconds: dict[str, FiniteFloat]
+    seconds: dict[Name, Seconds]
     sharing_prompts: NonNegativeInt
     layers: list[_Layer]
     sensitivity: _Sensitivity | None

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from kvplan.errors import NotComparableError, ResultsError
 from kvplan.files import read_text, write_text
+from kvplan.json_fields import Measure
 
 FORMAT_VERSION = 1
 FULL_CACHE = "full cache"
@@ -47,17 +48,17 @@ class PromptRow:
     context_tokens: PositiveInt
     question_aware: bool
     tokens: PositiveInt
-    kl: FiniteFloat
-    top1: FiniteFloat
-    nll: FiniteFloat
-    full_nll: FiniteFloat
+    kl: Measure
+    top1: Measure
+    nll: Measure
+    full_nll: Measure
     planned_bytes: NonNegativeInt
     kv_bytes: NonNegativeInt
     full_bytes: PositiveInt
     questions: NonNegativeInt = 1
     scorer: str | None = None
-    score: FiniteFloat | None = None
-    full_score: FiniteFloat | None = None
+    score: Measure | None = None
+    full_score: Measure | None = None
     answers: tuple[str, ...] = ()
 
 
@@ -81,8 +82,8 @@ class Cost:
     full_bytes: PositiveInt
     peak_bytes: NonNegativeInt
     new_tokens: NonNegativeInt = 0
-    tokens_per_second: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
-    speedup: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
+    tokens_per_second: tuple[Measure, Measure, Measure] | None = None
+    speedup: tuple[Measure, Measure, Measure] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

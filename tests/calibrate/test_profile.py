@@ -170,10 +170,16 @@ def set_at(*path, value):
         (lambda d: d.pop("layers"), "layers: Field required"),
         (lambda d: d["layers"].pop(), "layers: 2 layers; the model has 3"),
         (set_at("layers", 1, "cosine", "sum", value=[float("nan")]), r"layers.1.cosine.sum.0: .*finite"),
+        (
+            set_at("layers", 1, "cosine", "sum", value=[2e100]),
+            r"layers.1.cosine.sum.0: .*less than or equal to",
+        ),
+        (set_at("seconds", value={"\0": 1.0}), "cannot be printed"),
+        (set_at("seconds", value={"forward": -1.0}), "seconds.forward: "),
         (set_at("layers", 1, "cosine", "sum", value=[10**400]), "layers.1.cosine.sum.0"),
         (set_at("layers", 1, "cosine", "sum", value=[]), "layers.1.cosine: 0 sums"),
         (
-            set_at("layers", 1, "cosine", "sum", value=[1e308]),
+            set_at("layers", 1, "cosine", "sum", value=[1e99]),
             "layers.1.cosine: sums and squares contradict each other",
         ),
         (set_at("layers", 1, "cosine", "squares", value=[-5.0]), "layers.1.cosine: sums and squares contradict"),

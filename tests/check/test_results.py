@@ -77,6 +77,8 @@ BROKEN = {
         lambda d: d["policies"][1]["rows"][0].update(kl="0"), "policies.1.rows.0.kl: Input should be a valid number"),
     "an unknown field": (lambda d: d["model"].update(size=1), "model.size: Unexpected keyword argument"),
     "no finite number": (lambda d: d["policies"][1]["rows"][0].update(kl=float("nan")), "policies.1.rows.0.kl"),
+    "a number whose sums overflow": (
+        lambda d: d["policies"][1]["rows"][0].update(kl=1e308), "policies.1.rows.0.kl: Input should be less than"),
     "no full cache": (lambda d: d["policies"].pop(0), "no policy is named 'full cache'"),
     "two of one name": (lambda d: d["policies"][1].update(name=FULL_CACHE), "two policies are named 'full cache'"),
     "other prompts": (lambda d: d["policies"][1]["rows"].reverse(), "policy 'p' has rows of other prompts"),
