@@ -179,7 +179,6 @@ def without_base(draw: Draw) -> Draw:
 
 def scenarios(rows: Mapping[str, Rows], again: Mapping[str, Rows]) -> dict[str, list[Scenario]]:
     base, snap = rows[BASE], rows["uniform snapkv 70%"]
-    alone = Limits(min_recovery=RECOVERY)
     answers = [name for name in ANSWER_SHAPES if mean(base, "score") - mean(rows[name], "score") >= LOST_POINTS]
     return {
         "nothing is wrong: a regression is a false alarm": [
@@ -192,7 +191,11 @@ def scenarios(rows: Mapping[str, Rows], again: Mapping[str, Rows]) -> dict[str, 
             Scenario(f"another plan, as good: halved layer 0 for {BASE}", resampled(rows["halved layer 0"], base)),
             Scenario("another plan, no worse on average: snapkv and tova mixed",
                      exchanged(snap, rows["uniform tova 70%"])),
-            Scenario(f"no baseline, {BASE}", resampled(base, None), alone),
+            *(
+                Scenario(f"no baseline, --min-recovery {recovery}, {BASE}", resampled(base, None),
+                         Limits(min_recovery=recovery))
+                for recovery in (RECOVERY, STRICT_RECOVERY)
+            ),
         ],
         **{
             f"KL rises by {times} x the limit, as under": [
