@@ -26,6 +26,8 @@ def answer_from(
     import json
 
     from kvplan.cli.console import note, out, stages
+    from kvplan.cli.next_steps import commands, tell
+    from kvplan.cli.prompt_warnings import warn_of_few
     from kvplan.cli.study_inputs import load_inputs
     from kvplan.files import check_writable
     from kvplan.policy.serialize import save_policy
@@ -48,6 +50,7 @@ def answer_from(
 
         tasks = [example.task for example in inputs.examples]
         confirm_prompts = hold_out(tasks)[1]
+        warn_of_few(len(confirm_prompts))
         scorer = Scorer(inputs.network, inputs.spec, inputs.examples)
         with stages() as report:
             scorer.prepare(confirm_prompts, lambda done, total: report("prefilling prompts", done, total))
@@ -78,7 +81,10 @@ def answer_from(
         told = None if gap is None else [gap.mean, gap.low, gap.high]
         typer.echo(json.dumps({**as_data(result), "at_most_off_by": told}, indent=2, allow_nan=False))
     else:
-        out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
+        out.print(picture(result.policy, result.context_tokens, result.bytes.ratio), soft_wrap=True)
         out.print(summary(result), soft_wrap=True)
         out.print(distance(found), soft_wrap=True)
-    note(f"wrote {output}; next: kvplan run --policy {output} 'a prompt'")
+    note(f"wrote {output}")
+    inputs_data = bool(data or shared.definition.inputs["data"])
+    named = model or shared.definition.inputs["model"]
+    tell(commands(output, model=named, data=inputs_data, device=device, trust_remote_code=trust_remote_code))

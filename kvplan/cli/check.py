@@ -115,8 +115,8 @@ def command(
     Prompts are measured one by one, in growing steps, until every criterion is clear or no prompts are left.
     """
     from kvplan.check.criteria import Limits
+    from kvplan.cli.prompt_warnings import warn_of_found_on
     from kvplan.cli.prompts import Prompts, labels, load_all_fit, refuse_twice
-    from kvplan.cli.reuse import warn_of_found_on
     from kvplan.errors import KVPlanError
     from kvplan.units import parse_share
 

@@ -84,8 +84,8 @@ def command(
 ) -> None:
     """Measure policies and baselines beside the full cache: KL, top-1, perplexity, scores, bytes and speed."""
     from kvplan.cli.console import note, out, stages
+    from kvplan.cli.prompt_warnings import warn_of_found_on
     from kvplan.cli.prompts import Prompts, labels, load_all_fit, refuse_twice
-    from kvplan.cli.reuse import warn_of_found_on
 
     _check_options(policy, baseline, profile)
     prompts = Prompts(

@@ -14,7 +14,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List every evictor, head split, merger, channel selector, codec, layer split and sharing ranker."""
+    """List every evictor, head split, merger, channel selector, codec, allocator and sharing ranker."""
     import json
 
     from kvplan.cli.console import out

@@ -56,12 +56,18 @@ def show(
         typer.Option("--context", min=1, help="Prompt tokens.", show_default=f"the planned ones, or {CONTEXT}"),
     ] = None,
 ) -> None:
-    """Draw how many slots each layer holds, and who chooses them."""
+    """Draw how many slots each layer holds, who chooses them, and the share of bytes in all."""
+    from kvplan.errors import KVPlanError
     from kvplan.policy.serialize import load_policy
     from kvplan.report.policy import picture
 
     policy = load_policy(file)
-    _print(picture(policy, context or _planned_tokens(policy) or CONTEXT))
+    tokens = context or _planned_tokens(policy) or CONTEXT
+    try:
+        held = _plan(policy, tokens, 0, 1).ratio
+    except KVPlanError:  # the file does not say the model's shape
+        held = None
+    _print(picture(policy, tokens, held))
 
 
 def _planned_tokens(policy: Policy) -> int | None:
@@ -143,6 +149,26 @@ def bytes_(
             "min_slots_binds": list(held.min_slots_binds),
         }
     )
+
+
+@app.command("from-front", cls=Command)
+def from_front(
+    front: Annotated[Path, typer.Argument(metavar="FRONT", help="What kvplan search --pareto wrote: x.front.json.")],
+    mem: Annotated[str, typer.Option(help="Most bytes, as a share of the full cache: 25% or 0.25.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the policy.")] = Path("policy.yaml"),
+) -> None:
+    """Write the best plan of a front that holds at most --mem as a policy; nothing is run."""
+    from kvplan.cli.console import note
+    from kvplan.files import check_writable
+    from kvplan.policy.serialize import save_policy
+    from kvplan.search.front_file import choose, load_front
+    from kvplan.units import parse_share
+
+    share = parse_share(mem)
+    check_writable(output, [front])
+    point, policy = choose(load_front(front), share, str(front))
+    save_policy(policy, output)
+    note(f"wrote {output}: {point.share:.2%} of the full cache, KL {point.kl:.4f} on the confirmation prompts")
 
 
 @app.command(cls=Command)

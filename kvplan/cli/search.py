@@ -176,15 +176,17 @@ def command(
     from kvplan.calibrate.prompts import data_fingerprint, load_examples
     from kvplan.check.scoring import Scorer
     from kvplan.cli.console import err, note, out, stages, warn
-    from kvplan.cli.reuse import warn_of_calibration, warn_of_twins
+    from kvplan.cli.next_steps import commands, tell
+    from kvplan.cli.prompt_warnings import warn_of_calibration, warn_of_few, warn_of_twins
     from kvplan.demo.data import calib_data_path
     from kvplan.loading import load_model
     from kvplan.policy.memory import plan
     from kvplan.policy.schema import Policy
     from kvplan.policy.serialize import save_policy
-    from kvplan.report.front import front_data, front_table, predictions
+    from kvplan.report.front import front_data, front_notes, front_table, predictions
     from kvplan.report.policy import picture
-    from kvplan.report.search import as_data, live_table, summary, trial_line
+    from kvplan.report.search import as_data, live_table, name_notes, summary, trial_line
+    from kvplan.report.tables import wrapped
     from kvplan.search.confirm import TrialRow, hold_out
     from kvplan.search.seen import KEY, packed
     from kvplan.search.storage import where
@@ -217,6 +219,7 @@ def command(
         goal.check([tasks[i] for i in part], [bool(examples[i].answers) for i in part])
     warn_of_calibration(examples, measured.statistics.prompt_hashes)
     warn_of_twins(examples, search_prompts, confirm_prompts)
+    warn_of_few(len(confirm_prompts))
     scorer = Scorer(network, spec, examples, replay_memory=replay_bytes)
     fingerprint = data_fingerprint(examples)
     saved = False
@@ -242,6 +245,9 @@ def command(
             rows: list[TrialRow] = []
 
             def on_trial(row: TrialRow, best: TrialRow, count: int) -> None:
+                if not rows:
+                    for line in name_notes([row]):
+                        note(line)
                 rows.append(row)
                 if not err.is_terminal:
                     note(trial_line(row, held(row), row is best))
@@ -312,13 +318,16 @@ def command(
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
     else:
-        out.print(picture(result.policy, result.context_tokens), soft_wrap=True)
+        out.print(picture(result.policy, result.context_tokens, result.bytes.ratio), soft_wrap=True)
         out.print(summary(result), soft_wrap=True)
         if pareto:
             out.print(front_table(result, spec, costs, steps), soft_wrap=True)
+            for line in front_notes(result, costs, steps):
+                out.print(wrapped(line), soft_wrap=True)
     if pareto:
         note(f"wrote {front_path(output)}: {len(result.front)} plans, none beaten in both bytes and KL")
-    note(f"wrote {output} ({where(address)} keeps the trials); next: kvplan run --policy {output} 'a prompt'")
+    note(f"wrote {output} ({where(address)} keeps the trials)")
+    tell(commands(output, model=model, data=bool(data), device=device, trust_remote_code=trust_remote_code))
 
 
 def front_path(output: Path) -> Path:

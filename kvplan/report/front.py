@@ -12,37 +12,52 @@ from kvplan.check.step_costs import StepCosts
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.serialize import dump_policy
-from kvplan.report.search import name
-from kvplan.report.tables import number_table
+from kvplan.report.search import name, name_notes
+from kvplan.report.tables import few_note, interval, number_table
 from kvplan.search.confirm import Finalist, SearchResult, state
+from kvplan.search.front_file import FORMAT, KEY
 from kvplan.units import format_share
 
-FORMAT = 1
+NAME_WIDTH = 22
 
 
 def front_table(
     result: SearchResult, spec: ModelSpec, costs: Mapping[int, Cost], steps: StepCosts | None = None
 ) -> Table:
-    """The fewest bytes first, on the confirmation prompts; decode speeds as measured, and as `steps` predicts them."""
+    """The fewest bytes first, on the confirmation prompts; decode speeds as measured, and as `steps` predicts them.
+
+    Fits 80 columns.
+    """
     rows = []
     for finalist in result.front:
         held = plan(finalist.trial.policy, spec, [result.context_tokens])
-        span, task = finalist.interval, finalist.scores.mean_task
+        task = finalist.scores.mean_task
         cost = costs.get(finalist.trial.number)
-        speed = "-" if cost is None or cost.speedup is None else f"{cost.speedup[0]:.2f} x"
+        speed = "-" if cost is None or cost.speedup is None else f"{cost.speedup[0]:.2f}x"
         rows.append(
             [
-                name(finalist.trial),
+                name(finalist.trial, NAME_WIDTH),
                 f"{held.ratio:.1%}",
                 f"{finalist.kl:.4f}",
-                f"[{span.low:.4f}, {span.high:.4f}]",
+                interval(finalist.interval, len(finalist.scores)),
                 "-" if task is None else f"{task:.1%}",
                 speed,
-                "-" if steps is None else f"{steps.speedup(finalist.trial.policy, spec):.2f} x",
+                "-" if steps is None else f"{steps.speedup(finalist.trial.policy, spec):.2f}x",
             ]
         )
     headers = ("plan", "of full", "KL", "95 %", "exact", "decode", "predicted")
-    return number_table(headers, rows, f"the front, at a prompt of {result.context_tokens} tokens")
+    return number_table(headers, rows, f"the front, at a prompt of {result.context_tokens} tokens", gap=1)
+
+
+def front_notes(result: SearchResult, costs: Mapping[int, Cost], steps: StepCosts | None = None) -> list[str]:
+    """What the columns mean, a line each."""
+    told = ["of full: bytes held, of a full cache's. exact: answers that are wholly right."]
+    if any(cost.speedup for cost in costs.values()):
+        told.append("decode: tokens a second, of those with transformers' full cache (1x).")
+    if steps is not None:
+        told.append("predicted: the same, from what each layer's step was measured to cost.")
+    told += name_notes([finalist.trial for finalist in result.front])
+    return told + few_note(*(len(finalist.scores) for finalist in result.front))
 
 
 def front_data(
@@ -50,7 +65,7 @@ def front_data(
 ) -> dict[str, Any]:
     """For the front's file: every plan whole, with its scores, and the table that predicts decode speeds."""
     return {
-        "kvplan_front": FORMAT,
+        KEY: FORMAT,
         "model": dict(spec.policy_block()),
         "prompt_tokens": result.context_tokens,
         "step_costs": None if steps is None else steps.as_data(),

@@ -34,7 +34,7 @@ KINDS: dict[str, Registry[Any]] = {
     "merger": mergers,
     "channels": channel_selectors,
     "codec": codecs,
-    "layer split (search)": allocators,
+    "allocator (search)": allocators,
     "sharing ranker (search)": rankers,
 }
 _PAPER = re.compile(r"(?:[A-Z]\w+, )?[A-Z]\w+(?: et al\.)? \d{4}, arXiv:\d{4}\.\d{5}")

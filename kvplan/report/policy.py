@@ -47,8 +47,12 @@ def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 2] + ".."
 
 
-def picture(policy: Policy, context_tokens: int) -> Text:
-    """A bar per layer: slots held after a prompt of that many tokens, where the whole bar is the whole prompt."""
+def picture(policy: Policy, context_tokens: int, held_bytes: float | None = None) -> Text:
+    """A bar per layer: slots held after a prompt of that many tokens, where the whole bar is the whole prompt.
+
+    Args:
+        held_bytes: As a share of the full cache's, where it is known.
+    """
     text = Text(no_wrap=True)
     for line in _heading(policy):
         text.append(line + "\n")
@@ -62,7 +66,8 @@ def picture(policy: Policy, context_tokens: int) -> Text:
         held += slots
         text.append_text(_layer_line(index, layer, slots / context_tokens, context_tokens, colours))
     share = held / (context_tokens * len(policy.layers))
-    text.append(f"\n{share:.1%} of the slots of a full cache after a prompt of {context_tokens} tokens")
+    stored = "" if held_bytes is None else f", {held_bytes:.1%} of bytes"
+    text.append(f"\n{share:.1%} of slots{stored} of a full cache, after a prompt of {context_tokens} tokens")
     return text
 
 

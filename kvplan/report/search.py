@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from kvplan.report.tables import MIN_PROMPTS, few_note, interval
 from kvplan.search.answer import Answer
-from kvplan.search.compile import Params
-from kvplan.search.confirm import SEARCHED, Finalist, SearchResult, TrialRow
+from kvplan.search.compile import KNAPSACK, Params
+from kvplan.search.confirm import NO_TRIAL, SEARCHED, Finalist, SearchResult, TrialRow
 from kvplan.stats import bootstrap
 from kvplan.units import format_bytes
 
@@ -29,16 +30,17 @@ def summary(result: SearchResult) -> Text:
     )
     for finalist in result.finalists:
         text.append(_line(finalist), "green" if finalist is result.winner else "")
-    caption = _caption(result)
-    if caption:
-        text.append(textwrap.fill(caption, WIDTH, subsequent_indent="  ") + "\n", "dim")
+    for told in _captions(result):
+        text.append(textwrap.fill(told, WIDTH, subsequent_indent="  ") + "\n", "dim")
     recipe, gain, held = result.recipe, result.gain, result.bytes
     notes = []
     if recipe is not None and recipe is result.winner:
         notes.append(f"a recipe won: {recipe.trial.label}")
     elif recipe is not None and gain is not None:
-        sure = "" if gain.low > 0 else "; the interval holds 0, so more prompts may say otherwise"
-        span = f"{gain.mean:.4f} [{gain.low:.4f}, {gain.high:.4f}]"
+        count = len(result.winner.scores)
+        unsure = gain.low <= 0 and count >= MIN_PROMPTS
+        sure = "; the interval holds 0, so more prompts may say otherwise" if unsure else ""
+        span = f"{gain.mean:.4f} {interval(gain, count)}"
         notes.append(f"KL below the best recipe ({recipe.trial.label}) by {span}{sure}")
     size = f"{format_bytes(held.total)} of {format_bytes(held.full)} ({held.ratio:.2%})"
     task = result.winner.scores.mean_task
@@ -61,7 +63,7 @@ def distance(found: Answer) -> str:
         gap = found.gap
         told = (
             f"Not searched at this target: a search of its own should gain at most {max(gap.mean, 0.0):.4f} "
-            f"[{gap.low:.4f}, {gap.high:.4f}] in KL, which is what the study's best plan with more bytes "
+            f"{interval(gap, len(found.roomier.scores))} in KL, which is what the study's best plan with more bytes "
             f"({name(found.roomier.trial)}, KL {found.roomier.kl:.4f}) is better by."
         )
     return textwrap.fill(told, WIDTH, subsequent_indent="  ")
@@ -90,29 +92,31 @@ def live_table(rows: Sequence[TrialRow], held: Callable[[TrialRow], float], seed
     for row in sorted((row for row in rows if row.is_valid), key=lambda row: row.rank)[:LIVE_ROWS]:
         assert row.scores is not None
         span = bootstrap(row.scores.kl, seed=seed, resamples=200)
-        interval = f"[{span.low:.4f}, {span.high:.4f}]"
-        table.add_row(name(row), str(row.number), f"{row.kl:.4f}", interval, f"{held(row):.1%}")
+        bounds = interval(span, len(row.scores))
+        table.add_row(name(row), str(row.number), f"{row.kl:.4f}", bounds, f"{held(row):.1%}")
     return table
 
 
 def _line(finalist: Finalist) -> str:
-    row, interval = finalist.trial, finalist.interval
-    top1 = finalist.scores.mean_top1
+    row, scores = finalist.trial, finalist.scores
+    top1 = scores.mean_top1
     searched = f"{row.kl:.4f}" if row.is_valid else "-"
-    span = f"[{interval.low:.4f}, {interval.high:.4f}]"
-    return f"{name(row):{_LABEL}}{row.number:>5}{searched:>10}{finalist.kl:>11.4f}  {span:17}{top1:>7.1%}\n"
+    span = interval(finalist.interval, len(scores))
+    number = "-" if row.number == NO_TRIAL else row.number
+    return f"{name(row):{_LABEL}}{number:>5}{searched:>10}{finalist.kl:>11.4f}  {span:17}{top1:>7.1%}\n"
 
 
 def _whole_name(row: TrialRow) -> str:
     return row.label if row.label != SEARCHED else _described(row.params, row.params.evictors)
 
 
-def name(row: TrialRow) -> str:
-    """What the table calls a trial: a warm start's label, or 'knapsack tova/knorm': split and evictor per group."""
+def name(row: TrialRow, width: int = _LABEL) -> str:
+    """What the table calls a trial: a warm start's label, or 'knapsack tova/knorm': allocator and evictor per group."""
     if row.label != SEARCHED:
-        return _clip(row.label)
+        return _clip(row.label, width)
     whole = _described(row.params, row.params.evictors)
-    return whole if len(whole) <= _LABEL else _clip(_described(row.params, [e[:_SHORT] for e in row.params.evictors]))
+    short = _described(row.params, [e[:_SHORT] for e in row.params.evictors])
+    return whole if len(whole) <= width else _clip(short, width)
 
 
 def _described(params: Params, evictors: Sequence[str]) -> str:
@@ -122,15 +126,30 @@ def _described(params: Params, evictors: Sequence[str]) -> str:
     return f"{params.split} {'/'.join(chosen)}{shared}"
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= _LABEL else text[: _LABEL - 2] + ".."
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 2] + ".."
 
 
-def _caption(result: SearchResult) -> str:
+def _captions(result: SearchResult) -> list[str]:
     """How the winner was chosen, and how to read the names."""
-    if len(result.finalists) < 2:
-        return ""
-    told = f"winner: {result.goal} on the {len(result.winner.scores)} confirmation prompts (first line)"
+    count, told = len(result.winner.scores), []
+    if len(result.finalists) > 1:
+        told.append(f"winner: {result.goal} on the {count} confirmation prompts (first line){_marks(result)}")
+    told += name_notes([finalist.trial for finalist in result.finalists])
+    if any(finalist.trial.number == NO_TRIAL for finalist in result.finalists):
+        told.append("trial -: made for this target; no trial of the study had it.")
+    return told + [line.replace("-:", "95 % -:", 1) for line in few_note(count)]
+
+
+def name_notes(rows: Sequence[TrialRow]) -> list[str]:
+    """What the word is that most plans begin with."""
+    if any(row.label.startswith(KNAPSACK) or row.params.split == KNAPSACK for row in rows):
+        return [f"{KNAPSACK}: each layer's slots and methods as the profile predicts them best"]
+    return []
+
+
+def _marks(result: SearchResult) -> str:
+    told = ""
     found = [f.trial.params for f in result.finalists if f.trial.label == SEARCHED]
     if any(len(set(params.evictors)) > 1 for params in found):
         told += "; a/b: evictors of the layer groups, from the least sensitive"
@@ -170,7 +189,7 @@ def as_data(result: SearchResult) -> dict[str, Any]:
 
 def _finalist(finalist: Finalist) -> dict[str, Any]:
     return {
-        "trial": finalist.trial.number,
+        "trial": None if finalist.trial.number == NO_TRIAL else finalist.trial.number,
         "label": finalist.trial.label,
         "kl_search": finalist.trial.kl if finalist.trial.is_valid else None,
         "kl": finalist.kl,

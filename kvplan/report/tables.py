@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from kvplan.stats import Interval
+
 MIN_PROMPTS = 5  # of a shown interval: a bootstrap over fewer is much too narrow, over one of no width
 WIDTH = 80
 
@@ -27,9 +29,19 @@ def nats(value: float) -> str:
     return f"{shown:.4f}" if abs(shown) < 10 else f"{shown:.3f}"
 
 
-def number_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:
-    """The first column to the left, the others to the right."""
-    made = Table(title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0), box=SIMPLE_HEAD)
+def interval(found: Interval, prompts: int) -> str:
+    """`[0.0001, 0.0003]` of a KL, or a dash where so few prompts have none that says anything."""
+    return "-" if prompts < MIN_PROMPTS else f"[{nats(found.low)}, {nats(found.high)}]"
+
+
+def few_note(*counts: int) -> list[str]:
+    """What the dash means, where one of the numbers of prompts leads to it."""
+    return [f"-: fewer than {MIN_PROMPTS} prompts, too few for an interval."] if min(counts) < MIN_PROMPTS else []
+
+
+def number_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str, *, gap: int = 2) -> Table:
+    """The first column to the left, the others to the right, `gap` blanks between them."""
+    made = Table(title=title, title_justify="left", pad_edge=False, padding=(0, gap - 1, 0, 0), box=SIMPLE_HEAD)
     for index, header in enumerate(headers):
         made.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row in rows:

@@ -10,14 +10,13 @@ from kvplan.errors import StudyError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import Target
-from kvplan.search.confirm import Finalist, Score, SearchResult, TrialRow, confirm
+from kvplan.search.confirm import NO_TRIAL, Finalist, Score, SearchResult, TrialRow, confirm
 from kvplan.search.objective import Judge
 from kvplan.search.shared import SharedStudy
 from kvplan.search.study import TrialRun, quiet
 from kvplan.stats import Interval, bootstrap
 
 CANDIDATES = 6
-SOLVED = -1  # the number of the knapsack's answer, which is no trial
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def answer(
     allowed = budget.row_bytes
     valid = [row for row in run.rows if row.is_valid]
     ranked = sorted(valid, key=lambda row: (_distance(row, allowed, spec, context), row.rank))
-    params = {SOLVED: ("knapsack", space.warm_starts()[0].params)}
+    params = {NO_TRIAL: ("knapsack", space.warm_starts()[0].params)}
     params |= {row.number: (row.label, replace(row.params, share=None)) for row in ranked[:CANDIDATES]}
     rows = [
         TrialRow(number, label, point, compiler.compile(point, stated), None)

@@ -21,6 +21,7 @@ Score = Callable[[Policy, list[int]], PromptScores]
 Rank = tuple[float, float]  # of policies, best first: what is missing to the floors, and the loss
 FINALISTS = 6
 SEARCHED = "search"  # the label of a trial that the sampler chose
+NO_TRIAL = -1  # the number of a plan that no trial made
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def state(policy: Policy, scored: TrialRow | Finalist, context_tokens: int, seed
     interval = bootstrap(scores.kl, seed=seed)
     held = plan(policy, spec, [context_tokens])
     search: dict[str, Any] = {
-        "trial": row.number,
+        **({} if row.number == NO_TRIAL else {"trial": row.number}),
         "label": row.label,
         "prompts": stage,
         "num_prompts": len(scores),

@@ -55,7 +55,7 @@ def test_show_draws_every_layer_without_colour(policy_file):
     assert rows[3] == " " * 48 + "(min 64)"
     assert rows[4] == "    2        -  -> layer 1"
     assert rows[5] == "    3      256  [" + "#" * 7 + "." * 21 + "]  h2o"
-    assert lines[-1] == "32.8% of the slots of a full cache after a prompt of 1024 tokens"
+    assert lines[-1] == "32.8% of slots, 33.2% of bytes of a full cache, after a prompt of 1024 tokens"
 
 
 def test_show_takes_the_prompt_that_the_policy_was_planned_for(tmp_path):
@@ -64,6 +64,11 @@ def test_show_takes_the_prompt_that_the_policy_was_planned_for(tmp_path):
         save_policy(Policy(layers=LAYERS, model=MODEL, provenance={"planned": planned}), path)
         assert run("show", path).splitlines()[-1].endswith(f"after a prompt of {tokens} tokens")
         assert run("show", path, "--context", 90).splitlines()[-1].endswith("after a prompt of 90 tokens")
+
+
+def test_show_leaves_the_bytes_out_where_the_file_does_not_say_the_shape(tmp_path):
+    save_policy(Policy(layers=LAYERS), tmp_path / "p.yaml")
+    assert "bytes" not in run("show", tmp_path / "p.yaml")
 
 
 def test_validate_prints_ok_and_reports_every_bad_file(policy_file, tmp_path):

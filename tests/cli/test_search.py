@@ -239,6 +239,57 @@ def test_names_of_found_policies(evictors: str, shared: int, told: str) -> None:
     assert name(replace(row, label="uniform tova")) == "uniform tova"
 
 
+def test_few_prompts_have_no_interval_and_the_names_are_told(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "4") == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = [line for line in lines if line.startswith("knapsack  ")]
+    assert row.split()[4] == "-" and "[" not in captured.out.partition("policy ")[2]
+    assert "knapsack: each layer's slots and methods as the profile predicts them best" in lines
+    assert any(line.startswith("95 % -: fewer than 5 prompts") for line in lines)
+    assert any("of slots, 40.0% of bytes of a full cache, after a prompt" in line for line in lines)
+    talk = captured.err.splitlines()
+    assert talk.index("knapsack: each layer's slots and methods as the profile predicts them best") < next(
+        i for i, line in enumerate(talk) if line.startswith("trial   0")
+    )
+    assert any(line.startswith("warning: only 3 prompts to confirm on") and "30 prompts" in line for line in talk)
+
+
+def test_the_next_commands_have_the_options_of_the_search(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "1") == 0
+    assert capsys.readouterr().err.splitlines()[-4:] == [
+        "next:",
+        "  kvplan run --policy policy.yaml --compare 'a prompt'",
+        "  kvplan eval --policy policy.yaml",
+        "  kvplan check --policy policy.yaml --baseline baseline.json --update",
+    ]
+    given = ("--model", "my model", "--data", "x.jsonl", "--device", "cuda:1", "-o", "b.yaml")
+    assert kvplan_search("--mem", "40%", "--trials", "1", *given) == 0
+    told = capsys.readouterr().err.splitlines()[-4:]
+    assert told[0] == "next (held-out.jsonl: prompts that no step has seen):"
+    options = "--policy b.yaml --model 'my model' --device cuda:1"
+    assert told[2] == f"  kvplan eval {options} --data held-out.jsonl"
+    assert kvplan_search("--from-study", "b.40pct.journal", "--mem", "60%", "-o", "c.yaml") == 0
+    assert "  kvplan eval --policy c.yaml --model 'my model' --data held-out.jsonl" in capsys.readouterr().err
+
+
+def test_a_plan_that_no_trial_made_has_no_number(
+    faked: FakeScore, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "1") == 0
+    capsys.readouterr()
+    again = ("--from-study", "policy.40pct.journal", "--mem", "60%", "-o", "c.yaml")
+    assert kvplan_search(*again) == 0
+    told = capsys.readouterr().out
+    assert " -1 " not in told and "trial -: made for this target; no trial of the study had it." in told
+    assert "trial" not in load_policy(tmp_path / "c.yaml").provenance["search"]
+    assert kvplan_search(*again, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["winner"]["trial"] is None
+
+
 def test_an_interrupted_search_leaves_its_best_and_resumes(faked: FakeScore, tmp_path: Path) -> None:
     faked.fail_at = 4
     assert kvplan_search("--mem", "40%", "--trials", "5") == 130
@@ -375,8 +426,8 @@ def test_numbers_out_of_range_are_usage_errors(faked: FakeScore, argv: tuple[str
 
 
 def test_the_live_table_shows_the_best_trials_with_interval_and_bytes() -> None:
-    def row(number: int, kl: float) -> TrialRow:
-        scores = PromptScores((kl, 2 * kl), (1.0,) * 2, (1.0,) * 2, (1.0,) * 2)
+    def row(number: int, kl: float, repeats: int = 3) -> TrialRow:
+        scores = PromptScores((kl, 2 * kl) * repeats, *((1.0,) * 2 * repeats,) * 3)
         params = Params(split="uniform", scales=(1.0,), evictors=("tova",))
         return TrialRow(number, SEARCHED, params, Policy(layers=()), scores, (0.0, kl))
 
@@ -384,4 +435,7 @@ def test_the_live_table_shows_the_best_trials_with_interval_and_bytes() -> None:
     screen.print(live_table([row(n, (n + 3) % 8 / 10) for n in range(8)], lambda row: row.number / 100))
     lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.split()[2] for line in lines[1:]] == ["5", "6", "7", "0", "1"]
-    assert lines[2].split() == ["uniform", "tova", "6", "0.1500", "[0.1000,", "0.2000]", "6.0%"]
+    assert lines[2].split() == ["uniform", "tova", "6", "0.1500", "[0.1162,", "0.1833]", "6.0%"]
+    screen.print(live_table([row(6, 0.1, repeats=2)], lambda row: 0.06))
+    last = screen.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert last.split() == ["uniform", "tova", "6", "0.1500", "-", "6.0%"]

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from search_fakes import FakeProfile, FakeScore, total_kl
 
 from kvplan.check.step_costs import BASE, FULL, Line, StepCosts
 from kvplan.errors import StudyError, TargetError
 from kvplan.policy.memory import plan
 from kvplan.policy.schema import Target
-from kvplan.report.front import front_data, front_table, predictions
+from kvplan.report.front import front_data, front_notes, front_table, predictions
 from kvplan.search.answer import Answer, answer
 from kvplan.search.budget import Protection
 from kvplan.search.compile import budget_for
@@ -129,5 +131,11 @@ def test_every_trial_of_a_front_has_a_predicted_speed() -> None:
     assert told == sorted(told, reverse=True)  # every slot costs the same here, so fewer bytes are faster
     assert front["step_costs"]["full_cache_ms"] == 10_000
     table = front_table(found, PROFILE.spec, {}, steps)
-    assert [*table.columns[-1].cells] == [f"{speed:.2f} x" for speed in told]
+    assert [*table.columns[-1].cells] == [f"{speed:.2f}x" for speed in told]
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(table, soft_wrap=True)
+    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80 and lines[2].split()[-2:] == ["decode", "predicted"]
+    notes = front_notes(found, {}, steps)
+    assert [note.split(":")[0] for note in notes] == ["of full", "predicted", "knapsack", "-"]
     assert front_data(found, PROFILE.spec, {}, 0)["points"][0]["predicted_speedup"] is None

@@ -1,4 +1,4 @@
-"""Warnings about prompts that are used twice: scores on them flatter what was fitted to them."""
+"""Warnings about prompts: used twice, their scores flatter what was fitted to them; few of them say little."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvplan.cli.console import warn
+
+MIN_CONFIRMED = 10  # prompts; an interval over fewer is far off
 
 if TYPE_CHECKING:
     from kvplan.calibrate.examples import Example
@@ -51,3 +53,12 @@ def warn_of_found_on(examples: Sequence[Example], policies: Mapping[str, Policy]
                 f"at least {count} of {len(examples)} prompts are among those that {name} was found on, so its scores "
                 "flatter it; give others with --data"
             )
+
+
+def warn_of_few(confirmed: int) -> None:
+    """Of the prompts that the winner is chosen on."""
+    if confirmed < MIN_CONFIRMED:
+        warn(
+            f"only {confirmed} prompts to confirm on (a third of all), so the winner's numbers and intervals mean "
+            f"little; give {3 * MIN_CONFIRMED} prompts or more with --data"
+        )
