@@ -151,7 +151,8 @@ def _refuse_sharing_across_devices(model: nn.Module, policy: Policy) -> None:
 def _without_projections(model: nn.Module, policy: Policy) -> Iterator[None]:
     """Take away the key and value projections of sharing layers (models that fuse them still compute them)."""
     taken: list[tuple[nn.Module, str, nn.Module]] = []
-    for module in model.modules():
+    shares = any(layer.shares is not None for layer in policy.layers)
+    for module in model.modules() if shares else ():
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or index >= len(policy.layers) or policy.layers[index].shares is None:
             continue

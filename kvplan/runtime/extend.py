@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,23 +45,55 @@ def ring_visibility(rows: list[RowState], num_old: int, num_new: int, device: to
         num_old: Old slots laid out per row (the largest `held`).
         num_new: New tokens T.
     """
-    death = torch.full((len(rows), num_old + num_new), FOREVER)
-    birth = torch.zeros(len(rows), num_old + num_new, dtype=torch.int64)
-    birth[:, num_old:] = torch.arange(num_new)
-    for b, state in enumerate(rows):
-        birth[b, state.held : num_old] = FOREVER
-        if state.capacity is None:
-            continue
-        occupant: dict[int, int] = {}
-        for step in range(num_new):
-            slot = ring_slot(state, step)
-            old = occupant.get(slot, slot if slot < state.held else None)
-            if old is not None:
-                death[b, old] = step
-            occupant[slot] = num_old + step
-    birth, death = birth.to(device), death.to(device)
-    steps = torch.arange(num_new, device=device)[:, None]
+    lived = [ring_lives(state, num_old, num_new) for state in rows]
+    birth, death = (torch.from_numpy(np.stack([life[i] for life in lived])).to(device) for i in range(2))
+    steps = torch.arange(num_new, dtype=birth.dtype, device=device)[:, None]
     return ((birth[:, None] <= steps) & (steps < death[:, None]))[:, None]
+
+
+@lru_cache(maxsize=1024)
+def ring_slots(state: RowState, num_new: int) -> np.ndarray:
+    """[T] int64: `ring_slot` of every new token. Not to be written to."""
+    slots = state.held + np.arange(num_new)
+    if state.capacity is None:
+        return slots
+    over = slots - state.capacity
+    around = state.sinks + (state.overwrites + over) % max(1, state.capacity - state.sinks)
+    return np.where(over < 0, slots, around)
+
+
+@lru_cache(maxsize=1024)
+def ring_lives(state: RowState, num_old: int, num_new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The steps at which each old slot and each new token come to be seen and are overwritten, [num_old + T] int32.
+
+    All layers of a forward ask alike. Not to be written to.
+    """
+    births, deaths = np.zeros(num_old + num_new, np.int32), np.full(num_old + num_new, FOREVER, np.int32)
+    births[state.held : num_old] = FOREVER
+    births[num_old:] = np.arange(num_new)
+    slots = ring_slots(state, num_new)
+    order = np.argsort(slots, kind="stable")  # the tokens that go to one slot, one after the other
+    again = slots[order][1:] == slots[order][:-1]
+    deaths[num_old + order[:-1][again]] = order[1:][again]
+    first = order[np.concatenate(([True], ~again))]
+    first = first[slots[first] < state.held]
+    deaths[slots[first]] = first
+    return births, deaths
+
+
+@lru_cache(maxsize=256)
+def last_written(
+    state: RowState, num_old: int, num_new: int, with_old: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The slots that are written, [n] int64, and the column that stays in each: the last token that goes there.
+
+    Args:
+        with_old: Old slots too, the first columns. Neither result is to be written to.
+    """
+    last = {slot: slot for slot in range(state.held)} if with_old else {}
+    last |= {slot: num_old + step for step, slot in enumerate(ring_slots(state, num_new).tolist())}
+    with torch.inference_mode(False):
+        return torch.tensor(list(last), device=device), torch.tensor(list(last.values()), device=device)
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,15 @@ from kvplan.policy.layout import Layout, evicts, layout, side_heads
 from kvplan.policy.memory import allocated_slots
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime import chunk
-from kvplan.runtime.extend import FOREVER, RowState, ring_slot, ring_successions, ring_visibility, score_scan
+from kvplan.runtime.extend import (
+    FOREVER,
+    RowState,
+    last_written,
+    ring_slot,
+    ring_successions,
+    ring_visibility,
+    score_scan,
+)
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.parts import Part, Stored
 from kvplan.runtime.kernels.stored import attend_parts, attend_runs
@@ -449,12 +457,9 @@ class BudgetedLayer(PolicyLayer):
     def _write_ring(self, columns: Mapping[str, Tensor], states: list[RowState], width: int, num_new: int) -> None:
         assert self.pool is not None
         for b, state in enumerate(states):
-            # Only the last token written to a slot stays in it; a merger changes those that stay, too.
-            last = {slot: slot for slot in range(state.held)} if self._merges_steps else {}
-            last |= {ring_slot(state, step): width + step for step in range(num_new)}
-            slots, sources = list(last), list(last.values())
+            slots, sources = last_written(state, width, num_new, self._merges_steps, self._device)
             for name, target in self.pool.row(b).columns.items():
-                as_bytes(target)[0, :, slots] = as_bytes(columns[name])[b][:, sources]
+                as_bytes(target)[0].index_copy_(1, slots, as_bytes(columns[name])[b].index_select(1, sources))
 
     def _keep_alive(self, columns: Mapping[str, Tensor], alive: Tensor, slots: Tensor) -> None:
         """A new pool of what is alive [B, H, N], each in its own slot [B, H, N]."""
