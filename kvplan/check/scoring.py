@@ -212,6 +212,7 @@ class Scorer:
         ids, valid = pad([e.prompt_ids for e in examples], left=True, device=device)
         continuation, _ = pad([e.continuation_ids for e in examples], left=False, device=device)
         prompt = capture(self.model, self._full, self.spec, ids, valid, self._kept)
+        prompt.reused = self._keep
         batch = _Batch(indices, ids, valid, {prompt.shares: prompt}, continuation, torch.empty(0), {})
         with attach(self.model, self._full, self.spec) as runtime, torch.no_grad():
             with recorded(self._decoder, self._kept) as batch.outputs:
@@ -239,6 +240,7 @@ class Scorer:
             )  # fmt: skip
             # Layers before the first that shares are the same whatever is shared: one copy is enough.
             unshared = next(i for i, source in enumerate(shares) if source is not None)
+            made.reused = self._keep
             made.layers[:unshared] = batch.prompts[self._unshared].layers[:unshared]
             batch.prompts[shares] = made
         return batch.prompts[shares]

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvplan.methods.codecs import Codec
 from kvplan.policy.schema import Policy
 from kvplan.runtime.attach import Runtime, attach
 from kvplan.runtime.cache import PolicyCache
@@ -46,6 +47,7 @@ class LayerCapture:
     args: AttentionArgs
     device: torch.device
     stats: dict[Any, PromptStats] = field(default_factory=dict)
+    codes: dict[tuple[str, Codec], dict[str, Tensor]] = field(default_factory=dict)
 
 
 class _CapturingLayer(BudgetedLayer):
@@ -78,6 +80,7 @@ class PromptCapture:
         shares: The source of each layer that shares, else None.
         outputs: What each decoder layer handed on, where that was recorded.
         keep: Where statistics go.
+        reused: Many policies will be filled from it: what encodes each vector alone then encodes the whole prompt once.
     """
 
     layers: list[LayerCapture]
@@ -86,6 +89,7 @@ class PromptCapture:
     shares: tuple[int | None, ...] = ()
     outputs: dict[int, Output] = field(default_factory=dict)
     keep: Keep = as_it_is
+    reused: bool = False
 
     def stats(self, index: int, layer: PolicyLayer) -> PromptStats:
         """What a layer's policy asks of the prompt, computed when first asked for and then kept."""
@@ -97,7 +101,22 @@ class PromptCapture:
             )
             found = layer.observe_prompt(q, keys, values, valid, captured.args)
             captured.stats[asked] = _stats(found, self.keep)
-        return _stats(captured.stats[asked], lambda x: x.to(captured.device))
+        found = _stats(captured.stats[asked], lambda x: x.to(captured.device))
+        return replace(found, codes=self._codes(captured, layer)) if self.reused else found
+
+    def _codes(self, captured: LayerCapture, layer: PolicyLayer) -> dict[str, Tensor]:
+        """The whole prompt as the layer's codecs encode it, by column; row by row, to need little memory at a time."""
+        found = {}
+        for role, codec in layer.encoded_alone.items():
+            if (role, codec) not in captured.codes:
+                whole = (captured.keys if role == "keys" else captured.values).to(captured.device)
+                rows = [codec.encode(row) for row in whole.split(1)]
+                captured.codes[role, codec] = {
+                    name: self.keep(torch.cat([row[name] for row in rows])) for name in rows[0]
+                }
+            for name, codes in captured.codes[role, codec].items():
+                found[f"{role}.{name}"] = codes.to(captured.device)
+        return found
 
 
 def must_prefill(policy: Policy) -> bool:

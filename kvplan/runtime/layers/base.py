@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvplan.errors import RuntimeLimitError
+from kvplan.methods.codecs import Codec
 from kvplan.policy.layout import KINDS
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime.kernels.dense import AttentionArgs
@@ -27,10 +28,13 @@ class PromptStats:
     Attributes:
         scores: [B, H, T] float32 of the evictor, H is Hkv or 1; None: nothing is ranked.
         channels: [B, Hkv, C] int64 key channels that stay; None: all.
+        codes: The prompt as its codecs encode it, [B, Hkv, T, width] by column (`keys.codes`), where that is known
+            already: a vector that stands alone has the same code whatever is encoded with it.
     """
 
     scores: Tensor | None = None
     channels: Tensor | None = None
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class PolicyLayer(CacheLayerMixin):
         self.select_rows(indices.tolist())
 
     # -- what the cache asks --------------------------------------------------------------------------------------
+
+    @property
+    def encoded_alone(self) -> Mapping[str, Codec]:
+        """The codecs of `keys` and `values` whose codes of a prompt are just picked from those of all its tokens."""
+        return {}
 
     @abstractmethod
     def reset(self) -> None:

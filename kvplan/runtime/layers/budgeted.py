@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvplan.errors import RuntimeLimitError
+from kvplan.methods.codecs import Codec
 from kvplan.methods.evictors import Step, evictors
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.layout import Layout, evicts, layout, side_heads
@@ -48,11 +49,13 @@ class Kept:
     Attributes:
         keys, values: [Hkv, n, D].
         side: By column, [H, n].
+        codes: By column, [Hkv, n, width], what is encoded already.
     """
 
     keys: Tensor
     values: Tensor
     side: Mapping[str, Tensor]
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class BudgetedLayer(PolicyLayer):
@@ -111,6 +114,15 @@ class BudgetedLayer(PolicyLayer):
     @property
     def appended(self) -> int:
         return self._appended
+
+    @property
+    def encoded_alone(self) -> Mapping[str, Codec]:
+        if self.merger is not None and self.merger.merges_prompt:
+            return {}  # what is encoded is no token of the prompt
+        found = {"keys": self.key_codec, "values": self.value_codec}
+        if self.policy.channels is not None:
+            del found["keys"]
+        return {role: codec for role, codec in found.items() if codec.group_tokens == 1 and codec.name != "dense"}
 
     @property
     def storage(self) -> tuple[Pool, ...]:
@@ -196,11 +208,19 @@ class BudgetedLayer(PolicyLayer):
         for b, length in enumerate(lengths):
             start = T - length
             scores = None if stats.scores is None else stats.scores[b, :, start:]
-            kept = self._keep(keys[b, :, start:], values[b, :, start:], scores, self.capacities[b])
+            codes = {name: x[b, :, start:] for name, x in stats.codes.items()}
+            kept = self._keep(keys[b, :, start:], values[b, :, start:], scores, self.capacities[b], codes)
             self._write(self.pool.row(b), kept)
 
-    def _keep(self, keys: Tensor, values: Tensor, scores: Tensor | None, capacity: int | None) -> Kept:
-        """Choose what one row keeps of its prompt: [Hkv, T, D] keys and values, [H, T] scores."""
+    def _keep(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        scores: Tensor | None,
+        capacity: int | None,
+        codes: Mapping[str, Tensor],
+    ) -> Kept:
+        """Choose what one row keeps of its prompt: [Hkv, T, ...] keys, values and codes, [H, T] scores."""
         T = keys.shape[1]
         side: dict[str, Tensor] = {}
         if self.merger is not None and self.merger.merges_prompt and capacity is not None and capacity < T:
@@ -215,15 +235,17 @@ class BudgetedLayer(PolicyLayer):
         kept = {"positions": positions, "counts": counts}
         if scores is not None:
             kept["scores"] = _at(scores, order)
-        return Kept(chunk.pick(keys, order), chunk.pick(values, order), kept)
+        known = {name: chunk.pick(as_bytes(x), order).view(x.dtype) for name, x in codes.items()}
+        return Kept(chunk.pick(keys, order), chunk.pick(values, order), kept, known)
 
     def _write(self, row: Rows, kept: Kept, first: int = 0) -> None:
         """Store what one row keeps, from slot `first` on."""
         for role, codec, x in (("keys", self.key_codec, kept.keys), ("values", self.value_codec, kept.values)):
-            for name, codes in codec.encode(x).items():
-                units = codes.shape[1]
+            codes = {name: known for name, known in kept.codes.items() if name.startswith(f"{role}.")}
+            codes = codes or {f"{role}.{name}": made for name, made in codec.encode(x).items()}
+            for name, stored in codes.items():
                 start = first // codec.group_tokens
-                row.columns[f"{role}.{name}"][0, :, start : start + units] = codes
+                row.columns[name][0, :, start : start + stored.shape[1]] = stored
         for name in SIDE:
             if name in row.columns:
                 n = kept.side[name].shape[-1]

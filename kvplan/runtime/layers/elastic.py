@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kvplan.methods.codecs import Codec
 from kvplan.methods.evictors import Step
 from kvplan.methods.softmax import masked_softmax
 from kvplan.policy.memory import MIN_GROWTH_TOKENS, grown_tokens
@@ -48,6 +49,10 @@ class ElasticLayer(BudgetedLayer):
     def _horizon(self) -> int:
         assert self.evictor.forgets_after is not None
         return self.evictor.forgets_after
+
+    @property
+    def encoded_alone(self) -> Mapping[str, Codec]:
+        return {}
 
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
         self._prompt_tokens, self._appended = lengths, 0

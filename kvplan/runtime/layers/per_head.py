@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from kvplan.methods.codecs import Codec
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.schema import LayerPolicy
 from kvplan.runtime.kernels.dense import AttentionArgs
@@ -72,6 +73,10 @@ class PerHeadLayer(PolicyLayer):
         first = row * self.heads_as_rows
         return [self.inner.held_positions(first + h)[0] for h in range(self.heads_as_rows)]
 
+    @property
+    def encoded_alone(self) -> Mapping[str, Codec]:
+        return self.inner.encoded_alone
+
     def select_rows(self, indices: Sequence[int]) -> None:
         H = self.heads_as_rows
         flat = [i * H + h for i in indices for h in range(H)]
@@ -96,6 +101,7 @@ class PerHeadLayer(PolicyLayer):
         if self.policy.head_split is not None and stats.scores is not None:
             self._split = [n for b, length in enumerate(lengths) for n in self._split_row(b, length, stats.scores)]
         flat = [length for length in lengths for _ in range(H)]
+        stats = replace(stats, codes={name: heads_to_rows(x, H) for name, x in stats.codes.items()})
         self.inner.fill(heads_to_rows(keys, H), heads_to_rows(values, H), flat, stats)
 
     def _split_row(self, row: int, length: int, scores: Tensor) -> list[int]:

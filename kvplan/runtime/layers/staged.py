@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvplan.methods.codecs import Codec
 from kvplan.methods.codecs.dense import Dense
 from kvplan.methods.evictors import Step
 from kvplan.model_spec import LayerSpec
@@ -102,6 +103,10 @@ class StagedLayer(BudgetedLayer):
 
     # -- the prompt -----------------------------------------------------------------------------------------------
 
+    @property
+    def encoded_alone(self) -> Mapping[str, Codec]:
+        return super().encoded_alone if self.unit == 1 else {}  # units are put in order of time first
+
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
         self._prompt_tokens, self._appended = lengths, 0
         self.capacities = self._capacities(lengths)
@@ -115,7 +120,8 @@ class StagedLayer(BudgetedLayer):
         for b, length in enumerate(lengths):
             start = T - length
             scores = None if stats.scores is None else stats.scores[b, :, start:]
-            kept = self._keep(keys[b, :, start:], values[b, :, start:], scores, self.capacities[b])
+            codes = {name: x[b, :, start:] for name, x in stats.codes.items()}
+            kept = self._keep(keys[b, :, start:], values[b, :, start:], scores, self.capacities[b], codes)
             self._place(b, kept)
 
     def _place(self, row: int, kept: Kept) -> None:
@@ -124,7 +130,8 @@ class StagedLayer(BudgetedLayer):
         n = kept.keys.shape[1]
         body = -(-max(0, n - self.recent_slots) // self.unit) * self.unit
         self._start.append((body, n - body))
-        old = Kept(kept.keys[:, :body], kept.values[:, :body], {k: v[:, :body] for k, v in kept.side.items()})
+        side, codes = ({name: x[:, :body] for name, x in found.items()} for found in (kept.side, kept.codes))
+        old = Kept(kept.keys[:, :body], kept.values[:, :body], side, codes)
         if body and self.unit > 1:
             old = _units_in_time(old, self.unit)
         self._write(self.pool.row(row), replace(old, keys=self._pruned(old.keys, row)))
