@@ -137,35 +137,48 @@ def staged_score_scan(
     B, H, N = positions.shape
     T, body, device = columns.new, columns.body + columns.flushed, positions.device
     first_new = body + columns.recent
-    leaving = torch.zeros(T, B, 4, dtype=torch.int64)  # target column, source column, slots held, whether any
+    leaving = torch.zeros(2, T, B, 1, 1, dtype=torch.int64)  # target column and source column
+    before = [[-1] * B for _ in range(T)]  # slots of the body that held something, -1: nothing leaves
     for b, (row, plan) in enumerate(zip(rows, flushes, strict=True)):
         for number, flush in enumerate(plan):
-            found = [columns.body + number, body + columns.dense(row, flush.token), flush.body, 1]
-            leaving[flush.step, b] = torch.tensor(found)
-    leaving = leaving.to(device)
-    limits = torch.tensor([FOREVER if cap is None else cap for cap in capacities], device=device)[:, None, None]
+            leaving[0, flush.step, b] = columns.body + number
+            leaving[1, flush.step, b] = body + columns.dense(row, flush.token)
+            before[flush.step][b] = flush.body
+    targets, sources = (column.unbind() for column in leaving.to(device).expand(-1, -1, -1, H, -1))
+    free = torch.tensor(before, device=device)[..., None, None].expand(T, B, H, 1).unbind()
+    limits = [FOREVER if cap is None else cap for cap in capacities]
     alive = (births < 0)[:, None].expand(B, H, N)
     births, deaths = births[:, None], deaths[:, None]
     slots = torch.arange(body, device=device).expand(B, H, body).clone()
     visible = torch.zeros(B, H, T, N, dtype=torch.bool, device=device)
     scores = scores.clone()
+    own = positions[..., :body]
+    is_sink = own < sinks
     for step in range(T):
         now = positions[:, :1, first_new + step, None]
-        some = leaving[step, :, 3].nonzero()[:, 0]
-        if len(some):
-            target, source, before = (leaving[step, :, i, None, None].expand(B, H, 1) for i in range(3))
-            leaves = leaving[step, :, 3, None, None] > 0
-            full = leaves & (before >= limits)
-            own = positions[..., :body]
-            protected = (own < sinks) | (own > now - recent_tokens)
-            there = alive[..., :body]
-            candidates = scores[..., :body].masked_fill(~there | protected, torch.inf)
-            tied = there & (candidates == candidates.amin(-1, keepdim=True))
-            victim = slots.masked_fill(~tied, FOREVER).min(-1, keepdim=True).indices
-            slot = torch.where(full, slots.gather(-1, victim), before)
-            alive = alive.scatter(-1, victim, alive.gather(-1, victim) & ~full)
-            slots[some] = slots[some].scatter(-1, target[some], slot[some])
-            scores[some] = scores[some].scatter(-1, target[some], scores[some].gather(-1, source[some]))
+        some = [b for b, held_before in enumerate(before[step]) if held_before >= 0]
+        if some:
+            target, source, slot = targets[step], sources[step], free[step]
+            is_full = [held_before >= most for held_before, most in zip(before[step], limits, strict=True)]
+            if any(is_full):
+                there = alive[..., :body]
+                protected = is_sink | (own > now - recent_tokens)
+                candidates = scores[..., :body].masked_fill(~there | protected, torch.inf)
+                tied = there & (candidates == candidates.amin(-1, keepdim=True))
+                victim = slots.masked_fill(~tied, FOREVER).min(-1, keepdim=True).indices
+                if all(is_full):
+                    slot, alive = slots.gather(-1, victim), alive.scatter(-1, victim, False)
+                else:
+                    full = torch.tensor(is_full, device=device)[:, None, None]
+                    slot = torch.where(full, slots.gather(-1, victim), slot)
+                    alive = alive.scatter(-1, victim, alive.gather(-1, victim) & ~full)
+            moved = scores.gather(-1, source)
+            if len(some) == B:
+                slots.scatter_(-1, target, slot)
+                scores = scores.scatter(-1, target, moved)
+            else:
+                slots[some] = slots[some].scatter(-1, target[some], slot[some])
+                scores[some] = scores[some].scatter(-1, target[some], moved[some])
         alive = (alive & (deaths != step)) | (births == step)
         visible[:, :, step] = alive
         probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], sink_logits)

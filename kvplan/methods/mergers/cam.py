@@ -40,20 +40,14 @@ class CaM(Merger):
         if self.span < 1:
             raise MethodError(f"cam.span is {self.span}; it must be at least 1")
 
-    def merge_step(self, values: Tensor, probs: Tensor, victim: Tensor, followers: Tensor) -> Tensor:
-        """New values [b, Hkv, S, D] in the dtype of `values`; slots that receive nothing are bit-equal."""
-        b, Hkv, _, D = values.shape
+    def parts(self, probs: Tensor, victim: Tensor, followers: Tensor) -> Tensor:
+        b, Hkv, _ = probs.shape
         F = followers.shape[1]
         if F == 0:
-            return values
-        leaving = victim[:, None, None].expand(b, Hkv, 1)
-        own = probs.gather(2, leaving)  # [b, Hkv, 1]
+            return probs.new_zeros(b, Hkv, 0)
+        own = probs.gather(2, victim[:, None, None].expand(b, Hkv, 1))  # [b, Hkv, 1]
         mean = probs.gather(2, followers[:, None].expand(b, Hkv, F)).mean(2, keepdim=True)
         # At least the mean is certain, and nothing among nothing (0 / 0) is worth nothing.
         chance = torch.where((own >= mean) & (own > 0), 1.0, own / mean.clamp(min=torch.finfo(mean.dtype).tiny))
-        work = torch.promote_types(values.dtype, torch.float32)
-        value = values.gather(2, leaving[..., None].expand(b, Hkv, 1, D)).to(work)
-        receivers = followers[:, : self.span]
-        index = receivers[:, None, :, None].expand(b, Hkv, -1, D)
-        received = values.gather(2, index).to(work) + chance[..., None] * value / receivers.shape[1]
-        return values.scatter(2, index, received.to(values.dtype))
+        receivers = min(F, self.span)
+        return (chance / receivers).expand(b, Hkv, receivers)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvplan.errors import RuntimeLimitError
 from kvplan.methods.codecs import Codec
 from kvplan.methods.evictors import Step, evictors
+from kvplan.methods.mergers import hand_over
 from kvplan.model_spec import LayerSpec
 from kvplan.policy.layout import Layout, evicts, layout, side_heads
 from kvplan.policy.memory import allocated_slots
@@ -386,11 +387,8 @@ class BudgetedLayer(PolicyLayer):
             after = [state.sinks + (victim - state.sinks + k) % ring for k in range(1, ring)]
             values = rows.columns["values.x"][i : i + 1, :, : state.capacity]
             mean = probs[i : i + 1, ..., : state.capacity].mean(2).float()
-            device = values.device
-            merged = self.merger.merge_step(
-                values, mean, torch.tensor([victim], device=device), torch.tensor([after], device=device)
-            )
-            values.copy_(merged)
+            leaving, followers = (torch.tensor([x], device=values.device) for x in (victim, after))
+            hand_over(values, self.merger.parts(mean, leaving, followers), leaving, followers)
 
     def _extend(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
         """Several tokens at once: exactly what the same tokens one by one would do."""
@@ -431,6 +429,8 @@ class BudgetedLayer(PolicyLayer):
     ) -> tuple[Tensor, list[Seen], Tensor]:
         """Several steps with a merger that changes values: attention does not depend on them, so it is known at once.
 
+        The values of `part` are changed in place.
+
         Returns:
             The output, what each step saw (for layers that share it), and the values [B, Hkv, S, D] afterwards.
         """
@@ -438,25 +438,34 @@ class BudgetedLayer(PolicyLayer):
         probs = attend_parts(q, (part,), args, True)[1]
         assert probs is not None and part.mask is not None
         B, T, values = len(states), q.shape[2], _dense(part.values)
+        mean = probs.mean(2).float().transpose(1, 2)  # [B, T, Hkv, S]
         alike = [(state, [i for i, s in enumerate(states) if s == state]) for state in dict.fromkeys(states)]
-        coming = [(rows, ring_successions(state, width, T, values.device)) for state, rows in alike]
+        coming = []
+        for state, rows in alike:
+            order = ring_successions(state, width, T, values.device)  # of the first steps none: there is room
+            steps = len(order)
+            if not steps:
+                continue
+            # A row a step: [rows * steps, ...].
+            observed = mean[rows, T - steps :].flatten(0, 1)
+            leaving, followers = order[:, 0].repeat(len(rows)), order[:, 1:].repeat(len(rows), 1)
+            parts = self.merger.parts(observed, leaving, followers).unflatten(0, (len(rows), steps))
+            coming.append((rows, order, parts))
         outputs, seen = [], []
         for t in range(T):
-            weights = probs[:, :, :, t]  # [B, Hkv, G, S]
-            outputs.append(weights.to(q.dtype) @ values)
+            outputs.append(probs[:, :, :, t].to(q.dtype) @ values)
             if self._lends:
                 lent = replace(part.values, codes={"x": values.clone()})
                 seen.append(Seen(0, B, t, t + 1, (replace(part, values=lent, mask=part.mask[:, :, t : t + 1]),)))
-            mean = weights.mean(2).float()
-            for rows, order in coming:
+            for rows, order, parts in coming:
                 step = t - (T - len(order))
                 if step < 0:
-                    continue  # there is room
-                victim, followers = order[step, :1].expand(len(rows)), order[step, 1:].expand(len(rows), -1)
-                if len(rows) == B:
-                    values = self.merger.merge_step(values, mean, victim, followers)
-                else:
-                    values[rows] = self.merger.merge_step(values[rows], mean[rows], victim, followers)
+                    continue
+                leaving, followers = order[step, :1].expand(len(rows)), order[step, 1:].expand(len(rows), -1)
+                some = values if len(rows) == B else values[rows]
+                hand_over(some, parts[:, step], leaving, followers)
+                if len(rows) < B:
+                    values[rows] = some
         return torch.stack(outputs, 1).flatten(2, 3), seen, values
 
     def _columns_of(self, keys: Tensor, values: Tensor, first_position: Tensor | None) -> dict[str, Tensor]:
