@@ -73,25 +73,36 @@ class KVMerger(Merger):
             1, run, torch.where(scores == best.gather(1, run), position, 0), "amax"
         )
         counts = torch.zeros_like(run).scatter_add(1, run, torch.ones_like(run))
-        weights = self._weights(keys.float(), pivot.gather(1, run), run, counts)[..., None]  # [Hkv, T, 1]
 
         rank = best.masked_fill(counts == 0, -torch.inf)  # fewer runs than T
         rank = rank.masked_fill(protected.gather(1, pivot) & (counts > 0), torch.inf)
         later_first = rank.flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :slots]
         kept = (T - 1 - later_first).sort(-1).values  # [Hkv, slots]
+        positions, members = pivot.gather(1, kept), counts.gather(1, kept)
+
+        # Most runs are one token, which is its own pivot. The others' members, [m] of all heads together:
+        own = torch.arange(slots, device=keys.device).expand_as(kept)
+        slot = torch.full_like(run, -1).scatter(1, kept, own.masked_fill(members < 2, -1))
+        head, token = (slot.gather(1, run) >= 0).nonzero(as_tuple=True)
+        target = head * slots + slot[head, run[head, token]]
+        weights = self._weights(keys, head, token, target, positions.flatten(), members.flatten())
+        several, run_of = target.unique(return_inverse=True)
 
         def merged(x: Tensor) -> Tensor:
-            index = run[..., None].expand(x.shape)
+            flat = x.flatten(0, 1)
+            first = torch.arange(len(x), device=x.device)[:, None] * T
+            whole = flat.index_select(0, (first + positions).flatten())
             work = torch.promote_types(x.dtype, torch.float32)
-            sums = torch.zeros_like(x, dtype=work).scatter_add(1, index, weights * x.to(work))
-            return sums.gather(1, kept[..., None].expand(-1, -1, x.shape[-1])).to(x.dtype)
+            parts = weights[:, None] * flat.index_select(0, head * T + token).to(work)
+            sums = parts.new_zeros(len(several), x.shape[-1]).index_add_(0, run_of, parts)
+            return whole.index_copy_(0, several, sums.to(x.dtype)).unflatten(0, positions.shape)
 
         return Merged(
             keys=merged(keys),
             values=merged(values),
-            positions=pivot.gather(1, kept),
+            positions=positions,
             scores=best.gather(1, kept),
-            counts=counts.gather(1, kept).int(),
+            counts=members.int(),
         )
 
     def _heavy(self, scores: Tensor, protected: Tensor, free: int) -> Tensor:
@@ -113,23 +124,27 @@ class KVMerger(Merger):
         alike = cosines.shape[1] - 1 - ranked[:, :wanted]
         return torch.zeros_like(allowed).scatter(1, alike, True) & allowed
 
-    def _weights(self, keys: Tensor, pivot: Tensor, run: Tensor, counts: Tensor) -> Tensor:
-        """[Hkv, T] float32: each token's part in its run; sums to 1 per run, exactly 1 for a token alone.
+    def _weights(
+        self, keys: Tensor, head: Tensor, token: Tensor, target: Tensor, pivot: Tensor, counts: Tensor
+    ) -> Tensor:
+        """[m] float32: the part in its run of each token that is merged with others; sums to 1 per run.
 
         Args:
-            keys: [Hkv, T, D] float32.
-            pivot: [Hkv, T] int64 pivot of each token's run.
-            run: [Hkv, T] int64; counts: [Hkv, T] int64 members per run.
+            keys: [Hkv, T, D].
+            head, token: [m] int64, where each of these tokens is.
+            target: [m] int64, the slot of its run among those of all heads.
+            pivot, counts: [Hkv * slots] int64, position of the pivot and members of each slot's run.
         """
-        distance = (keys - keys.gather(1, pivot[..., None].expand(keys.shape))).square().sum(-1)  # squared
+        apart = keys[head, token].float() - keys[head, pivot[target]].float()
+        distance = apart.square().sum(-1)  # squared
 
         def per_run(x: Tensor) -> Tensor:
-            return torch.zeros_like(x).scatter_add(1, run, x)
+            return x.new_zeros(len(counts)).index_add_(0, target, x)
 
         if isinstance(self.sigma, str):
-            variance = (per_run(distance) / (counts - 1).clamp(min=1)).gather(1, run)
+            variance = (per_run(distance) / (counts - 1).clamp(min=1))[target]
         else:
             variance = torch.full_like(distance, self.sigma**2)
         # Members that equal the pivot are at distance 0, whatever the spread.
         gaussian = torch.exp(-distance / (2 * variance).clamp(min=torch.finfo(distance.dtype).tiny))
-        return gaussian / per_run(gaussian).gather(1, run)
+        return gaussian / per_run(gaussian)[target]
