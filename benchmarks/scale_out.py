@@ -70,7 +70,7 @@ def work(url: str, threads: int, seconds: float) -> None:
     from kvplan.search.objective import Judge
     from kvplan.search.shared import SharedStudy
     from kvplan.search.storage import open_storage
-    from kvplan.search.study import TrialRun, quiet
+    from kvplan.search.trial_run import TrialRun, quiet
 
     ready, go = threading.Barrier(threads + 1), threading.Event()
     own: list[int] = []
@@ -107,7 +107,7 @@ def measure(server: Any, workers: int, processes: int, seconds: float, trials: i
     from kvplan.search.objective import Judge
     from kvplan.search.shared import SharedStudy
     from kvplan.search.storage import open_storage
-    from kvplan.search.study import TrialRun, quiet
+    from kvplan.search.trial_run import TrialRun, quiet
 
     database = f"w{workers}t{trials}s{int(seconds * 1000)}"
     server.create_database(database)

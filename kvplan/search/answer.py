@@ -13,7 +13,7 @@ from kvplan.policy.schema import Target
 from kvplan.search.confirm import NO_TRIAL, Finalist, Score, SearchResult, TrialRow, confirm
 from kvplan.search.objective import Judge
 from kvplan.search.shared import SharedStudy
-from kvplan.search.study import TrialRun, quiet
+from kvplan.search.trial_run import TrialRun, quiet
 from kvplan.stats import Interval, bootstrap
 
 CANDIDATES = 6

@@ -12,7 +12,7 @@ from kvplan.model_spec import ModelSpec
 from kvplan.search.confirm import Score, TrialRow
 from kvplan.search.objective import Judge
 from kvplan.search.shared import SharedStudy
-from kvplan.search.study import TrialRun, quiet
+from kvplan.search.trial_run import TrialRun, quiet
 
 HINTS = {
     "kvplan": "install the same version",
