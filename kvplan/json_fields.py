@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -15,6 +16,23 @@ def _printable(text: str) -> str:
     return text
 
 
+def _printable_throughout(settings: dict[str, Any]) -> dict[str, Any]:
+    for text in _texts(settings):
+        _printable(text)
+    return settings
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
+
+
 Measure = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_printable)]
+Settings = Annotated[dict[str, Any], AfterValidator(_printable_throughout)]

@@ -29,7 +29,7 @@ from kvplan.calibrate.statistics import (
     moment_shape,
 )
 from kvplan.errors import MethodError, ProfileError
-from kvplan.json_fields import Measure, Name, Seconds
+from kvplan.json_fields import Measure, Name, Seconds, Settings
 from kvplan.model_spec import DTYPE_BYTES, LayerSpec, ModelSpec
 
 
@@ -103,11 +103,11 @@ class _Data(_Model):
     fingerprint: str
     prompts: PositiveInt
     tokens: PositiveInt
-    prompt_hashes: list[str]
+    prompt_hashes: list[Name]
 
 
 class _Sensitivity(_Model):
-    settings: dict[str, Any]
+    settings: Settings
     seconds: Seconds
     moments: dict[Name, dict[str, _Moments]]
     codecs: dict[str, _Moments] = {}  # profiles of the first version have none
@@ -148,11 +148,11 @@ class _File(_Model):
 
     kind: str
     schema_version: int
-    versions: dict[str, str]
-    seeds: dict[str, int]
+    versions: dict[Name, Name]
+    seeds: dict[Name, int]
     spec: _Spec
     data: _Data
-    settings: dict[str, Any]
+    settings: Settings
     seconds: dict[Name, Seconds]
     sharing_prompts: NonNegativeInt
     layers: list[_Layer]

@@ -175,6 +175,10 @@ def set_at(*path, value):
             r"layers.1.cosine.sum.0: .*less than or equal to",
         ),
         (set_at("seconds", value={"\0": 1.0}), "cannot be printed"),
+        (
+            set_at("settings", value={"sinks": ["\x1f"]}),
+            "settings: .*cannot be printed",
+        ),
         (set_at("seconds", value={"forward": -1.0}), "seconds.forward: "),
         (set_at("layers", 1, "cosine", "sum", value=[10**400]), "layers.1.cosine.sum.0"),
         (set_at("layers", 1, "cosine", "sum", value=[]), "layers.1.cosine: 0 sums"),
