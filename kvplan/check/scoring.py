@@ -282,6 +282,7 @@ class Scorer:
         if width == 1:
             return first.log_softmax(-1)
         positions = lengths + torch.arange(width - 1, device=lengths.device)
+        cache.stop_storing()
         logits = forward(runtime, cache, batch.continuation[:, :-1], positions, None)
         return torch.cat([first, logits], 1).log_softmax(-1)
 

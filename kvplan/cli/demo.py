@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ from kvplan.calibrate.records import read_records
 from kvplan.check.baselines import Baseline
 from kvplan.check.comparison import Row, compare
 from kvplan.check.scoring import Scorer
+from kvplan.cli.app import app
 from kvplan.cli.console import err, out, progress
+from kvplan.cli.exits import run_app
 from kvplan.demo.data import calib_data_path
 from kvplan.files import write_text
 from kvplan.loading import load_model
@@ -38,11 +39,11 @@ SPLIT_EVICTORS = 3  # those with the smallest damage in the profile
 
 
 def kvplan(*args: str) -> None:
-    """Run a command of the installed package, as a user would type it."""
+    """Run a command as a user would type it; in this process, so that torch and the model's code are imported once."""
     err.print(f"\n$ kvplan {' '.join(a if ' ' not in a else repr(a[:60] + '...') for a in args)}", style="bold")
-    done = subprocess.run([sys.executable, "-m", "kvplan", *args], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    code = run_app(app, args)
+    if code:
+        sys.exit(code)
 
 
 def heldout_rows(profile: Profile, policy: Policy, share: int, max_prompts: int = HELDOUT_PROMPTS) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -71,6 +72,7 @@ def side_heads(policy: LayerPolicy, spec: LayerSpec) -> int:
     return 1 if policy.evictor.one_set_for_all_heads else spec.kv_heads
 
 
+@lru_cache(maxsize=1024)  # a search asks for the same ones thousands of times
 def layout(policy: LayerPolicy, spec: LayerSpec, dtype: torch.dtype, chunked: bool = False) -> Layout:
     """The columns of a layer that stores its own cache.
 

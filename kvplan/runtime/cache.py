@@ -101,6 +101,7 @@ class PolicyCache(Cache):
         self._last_reader = {source: max(i for i, s in enumerate(sources) if s == source) for source in set(sources)}
         self._contexts: dict[int, _Prompt | _Slots] = {}
         self._prompt_open = True
+        self._last, self._over = False, False
 
     # -- the transformers interface -------------------------------------------------------------------------------
 
@@ -155,6 +156,8 @@ class PolicyCache(Cache):
                 f"the cache holds {layer.num_rows} rows and this forward brings {q.shape[0]}; "
                 "make a new cache for each batch of prompts"
             )
+        if self._over:
+            raise RuntimeLimitError("this cache was told that its last forward had come; make a new one")
         source = self.policy.source(index)
         in_chunks = self.in_prompt_chunks(q.shape[2], layer.columns)
         if self.rotaries is not None and (in_chunks or layer.columns == 0):
@@ -170,6 +173,7 @@ class PolicyCache(Cache):
             self._contexts.pop(source, None)
         if index == self.spec.num_layers - 1:
             self.mask_noted, self.padding = False, None
+            self._over = self._last
             self._prompt_open = self._prompt_open and q.shape[2] == self.policy.prefill_chunk_tokens
         return output
 
@@ -184,6 +188,12 @@ class PolicyCache(Cache):
     def close_prompt(self) -> None:
         """The prompt is complete: whatever comes now is appended to it, also where its last piece was a whole chunk."""
         self._prompt_open = False
+
+    def stop_storing(self) -> None:
+        """The next forward is the last one, as when a continuation is scored: what it brings need not be stored."""
+        self._last = True
+        for layer in self.layers:
+            layer.stop_storing()
 
     def lend_prompt(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Hand a layer's whole prompt to the layers that share it, where the layer itself is not run."""
@@ -289,6 +299,7 @@ class PolicyCache(Cache):
             layer.reset()
         self.padding, self.mask_noted, self.peak_kv_bytes, self._prompt_open = None, False, 0, True
         self._contexts.clear()
+        self._last, self._over = False, False
 
     # -- proof ----------------------------------------------------------------------------------------------------
 

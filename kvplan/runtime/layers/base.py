@@ -59,6 +59,7 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     columns = 0  # seen so far, padding included
     heads_as_rows = 0  # KV heads, where each of them is stored as a row of its own; else 0
+    stores = True  # False: no forward follows the next one, so what it brings need not be stored
     policy: LayerPolicy
     evicts: bool
 
@@ -184,6 +185,10 @@ class PolicyLayer(CacheLayerMixin):
         Returns:
             The attention output [B, T, Hq, Dv] and what was visible.
         """
+
+    def stop_storing(self) -> None:
+        """The next forward is the last one: several tokens are then attended to and forgotten."""
+        self.stores = False
 
     @abstractmethod
     def append_chunk(

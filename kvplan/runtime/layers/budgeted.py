@@ -89,7 +89,7 @@ class BudgetedLayer(PolicyLayer):
         self._prompt_tokens: list[int] = []
         self.capacities: list[int | None] = []
         self._appended, self.columns = 0, 0
-        self._lends = False
+        self._lends, self.stores = False, True
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -234,8 +234,10 @@ class BudgetedLayer(PolicyLayer):
         positions = order if "positions" not in side else _at(side["positions"], order)
         counts = torch.ones_like(order) if "counts" not in side else _at(side["counts"], order)
         kept = {"positions": positions, "counts": counts}
-        if scores is not None:
-            kept["scores"] = _at(scores, order)
+        if scores is None:  # the latest ones, in order of time
+            first = keys.shape[1] - order.shape[-1]
+            return Kept(keys[:, first:], values[:, first:], kept, {name: x[:, first:] for name, x in codes.items()})
+        kept["scores"] = _at(scores, order)
         known = {name: chunk.pick(as_bytes(x), order).view(x.dtype) for name, x in codes.items()}
         return Kept(chunk.pick(keys, order), chunk.pick(values, order), kept, known)
 
@@ -404,8 +406,9 @@ class BudgetedLayer(PolicyLayer):
                 self.evictor, states, self.policy.recent_tokens, q, _dense(part.keys), columns["positions"],
                 columns["scores"], args, part.bias,
             )  # fmt: skip
-            self._appended += num_new
-            self._keep_alive(columns, alive, slots)
+            if self.stores:
+                self._appended += num_new
+                self._keep_alive(columns, alive, slots)
         else:
             visible = ring_visibility(states, width, num_new, keys.device)
         part = replace(part, mask=visible)
@@ -414,7 +417,7 @@ class BudgetedLayer(PolicyLayer):
         else:
             seen = [Seen(0, B, 0, num_new, (part,))]
             out = attend_seen(q, seen, args)
-        if not self.keeps_scores:
+        if self.stores and not self.keeps_scores:
             self._grow(num_new)
             self._write_ring(columns, states, width, num_new)
             self._appended += num_new

@@ -139,6 +139,9 @@ class PerHeadLayer(PolicyLayer):
         )  # fmt: skip
         return rows_to_heads(out, H), seen
 
+    def stop_storing(self) -> None:
+        self.inner.stop_storing()
+
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def bytes_by_kind(self) -> dict[str, int]:

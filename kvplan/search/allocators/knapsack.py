@@ -27,29 +27,41 @@ class Choice:
     kl: float
 
 
-def kl_at(curve: Curve, share: float) -> float:
-    """KL of a layer that keeps `share` basis points, between and beyond the measured ones.
+class Damage:
+    """KL of a layer by what it keeps, between and beyond the measured shares.
 
     Between two measured shares log KL is linear in the share; from the largest to everything, KL is linear to what
     keeping everything costs: 0, or what the curve says (a codec rounds whatever is kept). Below
     the smallest measured share it grows at least in inverse proportion to the share, and at least as fast (in log-log)
     as between the two smallest: an unmeasured cut is never assumed to be cheap.
     """
-    whole = curve.get(BASIS_POINTS, 0.0)
-    if share >= BASIS_POINTS:
-        return whole
-    shares = sorted(s for s in curve if s < BASIS_POINTS)
-    # Noise may let a smaller share look better; keeping more never counts as worse than keeping less.
-    kls = [max(curve[s] for s in shares[i:]) for i in range(len(shares))]
-    kls = [max(k, NO_KL) for k in kls]
-    if share >= shares[-1]:
-        return whole + max(kls[-1] - whole, 0.0) * (BASIS_POINTS - share) / (BASIS_POINTS - shares[-1])
-    if share < shares[0]:
-        power = 1.0
-        if len(shares) > 1:
-            power = max(power, math.log(kls[0] / kls[1]) / math.log(shares[1] / shares[0]))
-        return kls[0] * (shares[0] / max(share, 1)) ** power
-    return float(np.exp(np.interp(share, shares, np.log(kls))))
+
+    def __init__(self, curve: Curve) -> None:
+        self._whole = curve.get(BASIS_POINTS, 0.0)
+        self._shares = sorted(s for s in curve if s < BASIS_POINTS)
+        # Noise may let a smaller share look better; keeping more never counts as worse than keeping less.
+        kls = [max(curve[s] for s in self._shares[i:]) for i in range(len(self._shares))]
+        self._kls = [max(k, NO_KL) for k in kls]
+        self._logs = np.log(self._kls)
+
+    def at(self, share: float) -> float:
+        """KL at `share` basis points."""
+        whole, shares, kls = self._whole, self._shares, self._kls
+        if share >= BASIS_POINTS:
+            return whole
+        if share >= shares[-1]:
+            return whole + max(kls[-1] - whole, 0.0) * (BASIS_POINTS - share) / (BASIS_POINTS - shares[-1])
+        if share < shares[0]:
+            power = 1.0
+            if len(shares) > 1:
+                power = max(power, math.log(kls[0] / kls[1]) / math.log(shares[1] / shares[0]))
+            return kls[0] * (shares[0] / max(share, 1)) ** power
+        return float(np.exp(np.interp(share, shares, self._logs)))
+
+
+def kl_at(curve: Curve, share: float) -> float:
+    """`Damage.at` of one share."""
+    return Damage(curve).at(share)
 
 
 def ranked_evictors(
@@ -111,11 +123,12 @@ def _options(
         floor, cap = budget.floor(layer, method), budget.cap(layer, method)
         cost, fixed = budget.cost(layer, method), budget.fixed(layer, method)
         measured = {share: values[layer] for share, values in curves[name].items()}
+        damage = Damage(measured)
         grid = {round(x) for x in np.geomspace(max(floor, 1), cap, GRID)}
         grid |= {share * budget.whole // BASIS_POINTS for share in measured if share < BASIS_POINTS}
         for units in sorted({min(max(x, floor), cap) for x in grid}):
             share = BASIS_POINTS if units == cap else units * BASIS_POINTS / budget.whole
-            found.append((units * cost + fixed, Choice(name, units, kl_at(measured, share))))
+            found.append((units * cost + fixed, Choice(name, units, damage.at(share))))
     found.sort(key=lambda option: (option[0], option[1].kl, option[1].method))
     kept: list[tuple[int, Choice]] = []
     for cost, choice in found:
