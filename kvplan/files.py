@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -18,11 +19,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write to a temporary file beside `path`, then rename it.
+    """Write to a temporary file beside `path`, then rename it. A device or pipe is written to as it is.
 
     Raises:
         KVPlanError: the folder is missing or read-only, or the disk is full; `path` is as it was.
     """
+    if _is_stream(path):
+        _write_stream(path, data)
+        return
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -39,6 +43,23 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise KVPlanError(f"{path}: cannot write ({error.strerror}); nothing was changed") from error
 
 
+def _is_stream(path: Path) -> bool:
+    """A device, a pipe, or a name of an open file such as /dev/stdout: renaming over it would take it away."""
+    whole = path.absolute()
+    named = whole.parts[1:2] == ("proc",) or whole.parent in (Path("/dev"), Path("/dev/fd"))
+    return path.exists() and not path.is_dir() and (named or not path.is_file())
+
+
+def _write_stream(path: Path, data: bytes) -> None:
+    try:
+        with path.open("ab", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+    except OSError as error:
+        raise KVPlanError(f"{path}: cannot write ({error.strerror})") from error
+
+
 def check_writable(path: Path, inputs: Iterable[str | Path | None] = ()) -> None:
     """Fail before long work, not after it.
 
@@ -53,6 +74,10 @@ def check_writable(path: Path, inputs: Iterable[str | Path | None] = ()) -> None
         raise KVPlanError(f"{path}: a folder; name a file")
     if any(other is not None and Path(other).resolve() == path.resolve() for other in inputs):
         raise KVPlanError(f"{path}: this command reads that file; name another one to write")
+    if _is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise KVPlanError(f"{path}: cannot write there ({os.strerror(errno.EACCES)})")
+        return
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
@@ -68,8 +93,10 @@ def sole_writer(path: Path, owner: str) -> Iterator[None]:
         owner: What writes it; processes of the same owner share it.
 
     Raises:
-        KVPlanError: a process of another owner holds it.
+        KVPlanError: a process of another owner holds it, or it is no file.
     """
+    if _is_stream(path):
+        raise KVPlanError(f"{path}: not a file, and the best policy so far is kept there; name a file")
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("a+") as file:
         try:

@@ -6,6 +6,7 @@ import pytest
 
 from kvplan.errors import KVPlanError
 from kvplan.files import check_writable, read_text, sole_writer, write_text
+from tests.rooms import room
 
 
 def test_text_survives_writing_and_reading(tmp_path: Path) -> None:
@@ -31,6 +32,40 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         write_text(tmp_path / "a.txt", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_disk_that_is_really_full_leaves_the_old_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with room(4096), pytest.raises(KVPlanError, match=r"a\.txt: cannot write \(File too large\); nothing was changed"):
+        write_text(tmp_path / "a.txt", "new" * 4096)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    check_writable(full)
+    with pytest.raises(KVPlanError, match=r"^/dev/full: cannot write \(No space left on device\)$"):
+        write_text(full, "text")
+    assert full.is_char_device()
+    write_text(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(KVPlanError, match="/dev/full: not a file"), sole_writer(full, "a"):
+        pass
+
+
+def test_a_pipe_gets_everything(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    text = "line\n" * 2000
+    path = Path(f"/proc/self/fd/{writer}")
+    if not path.exists():
+        pytest.skip("no /proc")
+    check_writable(path)
+    write_text(path, text)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        assert file.read() == text
 
 
 def test_a_missing_folder_is_reported_before_and_at_the_write(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def _report(failure: Exception) -> int:
 
 
 def _disk_full(failure: Exception) -> bool:
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     # safetensors and SQLite say it in words.
     return any(words in str(failure) for words in ("No space left on device", "database or disk is full"))

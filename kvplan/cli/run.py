@@ -33,7 +33,9 @@ class _Request:
 
 def command(
     policy: Annotated[Path, typer.Option(help="A policy file.")],
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is standard input.", show_default=False)
+    ] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="A file with the prompt; - is standard input.", show_default=False)
     ] = None,
@@ -146,7 +148,7 @@ def _read(prompt: str | None, prompt_file: Path | None, data: Path | None) -> li
     if data is not None:
         return read_records(data)
     where = "the prompt"
-    if prompt is None:
+    if prompt is None or prompt == "-":
         if prompt_file is None or str(prompt_file) == "-":
             where, prompt = "standard input", _read_stdin()
         else:

@@ -116,7 +116,7 @@ def test_every_source_gives_the_same_prompt(
     kvplan_run(LONG)
     wanted = capsys.readouterr().out
     assert wanted
-    for argv in ((), ("--prompt-file", "-"), ("--prompt-file", "prompt.txt"), ("--stream", LONG)):
+    for argv in ((), ("-",), ("--prompt-file", "-"), ("--prompt-file", "prompt.txt"), ("--stream", LONG)):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{LONG}\n".encode())))
         assert kvplan_run(*argv) == 0
         assert capsys.readouterr().out.split() == wanted.split()

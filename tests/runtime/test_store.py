@@ -18,6 +18,7 @@ import torch
 from kvplan.errors import KVPlanError
 from kvplan.runtime import store as module
 from kvplan.runtime.store import Store, free_bytes
+from tests.rooms import room
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,14 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "open", full, raising=False)
     with pytest.raises(KVPlanError, match=r"kvplan-replay-.*beside 4.00 KiB.*No space left on device.*TMPDIR"):
         store.keep(torch.zeros(4))
+
+
+def test_a_disk_that_is_really_full_is_the_same_error_and_no_signal() -> None:
+    store = Store(0)
+    kept = store.keep(torch.arange(1024))
+    with room(4096), pytest.raises(KVPlanError, match=r"kvplan-replay-.*beside 8.00 KiB.*File too large.*TMPDIR"):
+        store.keep(torch.zeros(4096))
+    assert torch.equal(kept, torch.arange(1024))
 
 
 def test_a_temporary_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,10 +47,15 @@ def test_the_best_plan_that_fits_becomes_a_policy(mem: str, held: int, capsys: p
         ({}, ("--mem", "9%"), "its smallest plan holds 10.00% of the full cache, more than 9%; raise --mem"),
         ({}, ("--mem", "9"), "'9' is not a share above 0% and at most 100%; did you mean 9%?"),
         ({}, ("--mem", "9%", "-o", "p.front.json"), "p.front.json: this command reads that file"),
+        ({}, ("--mem", "90%", "-o", "/dev/full"), "/dev/full: cannot write (No space left on device)"),
         ({"kvplan_front": None}, ("--mem", "9%"), "p.front.json: not a front (no 'kvplan_front' in it)"),
         ({"kvplan_front": 2}, ("--mem", "9%"), "p.front.json: a front of format 2, this kvplan reads format 1"),
         ({"points": []}, ("--mem", "9%"), "p.front.json: the front has no points"),
-        ({"points": [{"bytes": -1}]}, ("--mem", "9%"), "p.front.json: points.0.bytes: "),
+        (
+            {"points": [{"bytes": -1, "full_bytes": 9, "kl": 0.0, "policy": "kvplan: 1"}]},
+            ("--mem", "9%"),
+            "p.front.json: points.0.bytes: ",
+        ),
         ({"points": 3}, ("--mem", "9%"), "p.front.json: points"),
         (
             {"points": [{"bytes": 1, "full_bytes": 9, "kl": 0.0, "policy": "kvplan: 1"}]},

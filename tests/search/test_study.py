@@ -23,6 +23,7 @@ from kvplan.search.objective import Judge, Objective
 from kvplan.search.samplers import make_sampler
 from kvplan.search.study import search
 from kvplan.stats import PromptScores
+from tests.rooms import room
 
 SEARCH, CONFIRM = list(range(8)), list(range(8, 12))
 TRIALS, SEARCHED = 17, 3  # all warm starts, and those that the sampler chooses
@@ -289,6 +290,18 @@ def test_a_full_disk_names_the_journal(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(JournalFileBackend, "append_logs", full)
     with pytest.raises(StudyError, match=r"s: cannot write the search there \(No space left on device\)"):
         run(FakeScore(), storage=tmp_path / "s", trials=1)
+
+
+def test_a_disk_that_is_really_full_names_the_journal_and_the_rerun_goes_on(tmp_path: Path) -> None:
+    whole = run(FakeScore(), storage=tmp_path / "whole", trials=6)
+    size = (tmp_path / "whole").stat().st_size
+    with (
+        room(size - 2000),
+        pytest.raises(StudyError, match=r"s: cannot write the search there \(File too large\); the same"),
+    ):
+        run(FakeScore(), storage=tmp_path / "s", trials=6)
+    again = run(FakeScore(), storage=tmp_path / "s", trials=6)
+    assert 0 < again.resumed < 6 and again.policy == whole.policy
 
 
 def test_a_floor_decides_before_the_kl_does() -> None:
