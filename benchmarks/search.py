@@ -142,7 +142,8 @@ def compare(model: Any, examples: list[Example], chosen: dict[str, Case], rounds
 
 def first_of_its_kind(model: Any, examples: list[Example]) -> None:
     """Trials whose layers are shared as in none before."""
-    scorer, base = Scorer(model, spec_of(model), examples), quarter(model, evictors["snapkv"]())
+    base = quarter(model, evictors["snapkv"]())
+    scorer = Scorer(model, spec_of(model), examples, sharing=True)
     scorer.prepare()
     print("\nthe first trial with these layers shared (prefilled from the first layer that shares otherwise)")
     for pairs in (1, 2, 3):
@@ -158,7 +159,7 @@ def study(model: Any, examples: list[Example], scratch: float) -> None:
     policies = [drawn(model, draw) for _ in range(TRIALS)]
 
     def run() -> None:
-        scorer = Scorer(model, spec_of(model), examples)
+        scorer = Scorer(model, spec_of(model), examples, sharing=True)
         for policy in policies:
             scorer.score(policy)
 

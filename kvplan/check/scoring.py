@@ -119,6 +119,8 @@ class Scorer:
         keep: Keep captured prompts for the next call. Turn off to measure many prompts once.
         generate: Index of an example -> most new tokens of each of its answers, for those whose answers `measure` also
             generates: greedily, on the compressed cache, the earlier answers being the true ones.
+        sharing: Layers will share caches: keep what layers hand on over the prompts too, so that the prefill of the
+            first such policy starts at the first layer that shares. One hidden state more per token and layer.
         replay_memory: Most bytes of captured prompts that are kept in memory, on the model's device; what is more lies
             in memory-mapped temporary files. Default: half of what is free there now.
 
@@ -137,6 +139,7 @@ class Scorer:
         keep: bool = True,
         progress: Callable[[int, int], None] | None = None,
         generate: Mapping[int, int] | None = None,
+        sharing: bool = False,
         replay_memory: int | None = None,
     ) -> None:
         empty = next((e for e in examples if not e.continuation_ids), None)
@@ -149,7 +152,7 @@ class Scorer:
         self._generate = dict(generate or {})
         self._groups = _groups([len(e.prompt_ids) for e in self.examples], batch_tokens, set(self._generate))
         self._batches: dict[tuple[int, ...], _Batch] = {}
-        self._keep, self._progress = keep, progress
+        self._keep, self._progress, self._sharing = keep, progress, sharing
         self.store = Store(free_bytes(input_device(model)) // 2 if replay_memory is None else replay_memory)
         self._unshared: Shares = (None,) * spec.num_layers
         self._decoder = decoder_layers(model, spec.num_layers) if keep else None
@@ -211,11 +214,12 @@ class Scorer:
         device = input_device(self.model)
         ids, valid = pad([e.prompt_ids for e in examples], left=True, device=device)
         continuation, _ = pad([e.continuation_ids for e in examples], left=False, device=device)
-        prompt = capture(self.model, self._full, self.spec, ids, valid, self._kept)
+        decoder = self._decoder if self._sharing else None
+        prompt = capture(self.model, self._full, self.spec, ids, valid, self._kept, decoder)
         prompt.reused = self._keep
         batch = _Batch(indices, ids, valid, {prompt.shares: prompt}, continuation, torch.empty(0), {})
         with attach(self.model, self._full, self.spec) as runtime, torch.no_grad():
-            with recorded(self._decoder, self._kept) as batch.outputs:
+            with recorded(self._decoder and self._decoder[:-1], self._kept) as batch.outputs:
                 found = self._continue(runtime, replay(runtime, prompt), batch, prompt.last_logits)
         batch.reference = self._kept(found)
         if self._keep:

@@ -220,7 +220,7 @@ def command(
     warn_of_calibration(examples, measured.statistics.prompt_hashes)
     warn_of_twins(examples, search_prompts, confirm_prompts)
     warn_of_few(len(confirm_prompts))
-    scorer = Scorer(network, spec, examples, replay_memory=replay_bytes)
+    scorer = Scorer(network, spec, examples, sharing="sharing" in chosen, replay_memory=replay_bytes)
     fingerprint = data_fingerprint(examples)
     saved = False
 

@@ -59,7 +59,8 @@ def command(
         from kvplan.search.worker import work
 
         examples = inputs.examples
-        scorer = Scorer(inputs.network, inputs.spec, examples, replay_memory=replay_bytes)
+        sharing = "sharing" in shared.definition.decisions
+        scorer = Scorer(inputs.network, inputs.spec, examples, sharing=sharing, replay_memory=replay_bytes)
         note(f"joined study '{shared.name}' ({opened.where})")
         with stages() as report:
 

@@ -146,7 +146,7 @@ def capture(
         policy: A full policy of this model, but for layers that share.
         ids: [B, T] int64; valid: [B, T] bool.
         keep: Given every captured tensor; what it returns is kept.
-        decoder: The decoder layers, whose outputs are then kept too.
+        decoder: The decoder layers, whose outputs (but the last one's) are then kept too.
         start: A capture of the same prompts whose layers before `first` are taken over, with their outputs.
     """
     with attach(model, policy, spec) as runtime, torch.no_grad(), ExitStack() as stack:
@@ -154,7 +154,7 @@ def capture(
         cache.rotaries = find_rotaries(model, spec)  # a policy to come may ask
         layers = [_CapturingLayer(p, s) for p, s in zip(policy.layers, spec.layers, strict=True)]
         cache.layers = layers
-        outputs = stack.enter_context(recorded(decoder, keep))
+        outputs = stack.enter_context(recorded(decoder and decoder[:-1], keep))
         for index, layer in enumerate(layers):
             layer.keep = keep
             if start is not None and index < first:

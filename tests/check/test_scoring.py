@@ -79,9 +79,9 @@ def test_sharing_is_run_honestly() -> None:
         assert scores.kl[i] == pytest.approx(by_hand(made, shared, example)[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize(("starts", "sharing"), [(True, False), (True, True), (False, True)])
 def test_sharing_is_captured_once_from_the_first_layer_that_shares_otherwise(
-    monkeypatch: pytest.MonkeyPatch, starts: bool
+    monkeypatch: pytest.MonkeyPatch, starts: bool, sharing: bool
 ) -> None:
     made, firsts = model("qwen3"), []
 
@@ -93,12 +93,12 @@ def test_sharing_is_captured_once_from_the_first_layer_that_shares_otherwise(
     if not starts:
         monkeypatch.setattr("kvplan.check.scoring.can_start_at", lambda *args: False)
     items = examples((40, 23))
-    scorer = Scorer(made, spec_of(made), items)
+    scorer = Scorer(made, spec_of(made), items, sharing=sharing)
     scorer.prepare()
     firsts.clear()
     full, cut, tight = LayerPolicy(), policy("snapkv").layers[0], policy("h2o").layers[0]
     for layers, first in [
-        ((cut, cut, cut, LayerPolicy(shares=1)), 0),
+        ((cut, cut, cut, LayerPolicy(shares=1)), 3 if starts and sharing else 0),
         ((tight, cut, tight, LayerPolicy(shares=1)), None),
         ((full, cut, LayerPolicy(shares=1), LayerPolicy(shares=1)), 2 if starts else 0),
         ((tight, cut, LayerPolicy(shares=1), cut), 3 if starts else 0),

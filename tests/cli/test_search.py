@@ -79,8 +79,10 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeScore:
     profile = FakeProfile()
     scoring: Any = ModuleType("kvplan.check.scoring")
 
-    def scorer(model: Any, spec: ModelSpec, examples: Any, *, replay_memory: int | None = None) -> SimpleNamespace:
-        score.replay_memory = replay_memory
+    def scorer(
+        model: Any, spec: ModelSpec, examples: Any, *, sharing: bool = False, replay_memory: int | None = None
+    ) -> SimpleNamespace:
+        score.replay_memory, score.sharing = replay_memory, sharing
         return SimpleNamespace(score=score, prepare=score.prepare)
 
     scoring.Scorer = scorer
@@ -157,6 +159,14 @@ def test_the_memory_of_captured_prompts_is_bounded(
 ) -> None:
     assert kvplan_search("--mem", "40%", "--trials", "1", *given) == 0
     assert faked.replay_memory == handed
+
+
+@pytest.mark.parametrize(("given", "sharing"), [((), True), (("--without", "sharing"), False)])
+def test_what_layers_hand_on_is_kept_where_layers_may_share(
+    faked: FakeScore, given: tuple[str, ...], sharing: bool
+) -> None:
+    assert kvplan_search("--mem", "40%", "--trials", "1", *given) == 0
+    assert faked.sharing is sharing
 
 
 def test_a_memory_that_is_no_size_is_refused(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:
