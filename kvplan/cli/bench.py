@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvplan.cli.console import MAX_SEED, MAX_TOKENS
+from kvplan.cli.options import AsJson, Device, PolicyDType, PolicyFile, PolicyModel, TrustRemoteCode
 
 
 def command(
-    policy: Annotated[Path, typer.Option(help="A policy file.")],
-    model: Annotated[
-        str | None, typer.Option(help="A folder or a hub id.", show_default="the policy's, or the bundled one")
-    ] = None,
+    policy: PolicyFile,
+    model: PolicyModel = None,
     context: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Prompt tokens of a row.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens that are decoded and timed.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one that warms up.")] = 5,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the random prompt.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the policy's")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    device: Device = "cpu",
+    dtype: PolicyDType = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time decoding under a policy, beside transformers' cache (full, and cut) and a full policy.
 

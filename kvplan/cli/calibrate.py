@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvplan.cli.console import MAX_SEED
+from kvplan.cli.options import AsJson, Column, Device, DType, MaxTokens, ReplayMemory, Split, TrustRemoteCode
 
 
 def command(
@@ -27,11 +28,9 @@ def command(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path("profile.json"),
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Most prompts.", show_default="all")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt.", show_default="the context")
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="The column with text, in a dataset.", show_default="text")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a dataset.", show_default=False)] = None,
+    max_tokens: MaxTokens = None,
+    column: Column = None,
+    split: Split = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 4,
     sinks: Annotated[int, typer.Option(min=1, help="First tokens of a prompt that count as attention sinks.")] = 4,
     sensitivity: Annotated[
@@ -53,18 +52,12 @@ def command(
             show_default="all",
         ),
     ] = None,
-    replay_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory for prefilled prompts, such as 4GiB; the rest lies in temporary files (TMPDIR).",
-            show_default="half of what is free",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    replay_memory: ReplayMemory = None,
+    device: Device = "cpu",
+    dtype: DType = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Draws the rows of a dataset.")] = 0,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model on prompts and write a profile: what each layer's attention does, and what cutting it costs."""
     import json

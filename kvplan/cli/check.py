@@ -10,6 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli.console import MAX_SEED
+from kvplan.cli.options import (
+    Column,
+    LastTokens,
+    OneDevice,
+    PoliciesDType,
+    PoliciesModel,
+    PolicyFiles,
+    Question,
+    Samples,
+    ScorerName,
+    Split,
+    Suites,
+    TaskContexts,
+    Tasks,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from kvplan.calibrate.examples import Example
@@ -25,9 +41,7 @@ KL_RISE, SCORE_LOSS, RECOVERY = 0.02, 0.03, 0.95
 
 
 def command(
-    policy: Annotated[
-        list[Path] | None, typer.Option(help="A policy file; may be repeated.", show_default=False)
-    ] = None,
+    policy: PolicyFiles = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Results to compare with, of --update or kvplan eval.", show_default=False)
     ] = None,
@@ -63,9 +77,7 @@ def command(
     summary: Annotated[
         Path | None, typer.Option(help="Append markdown, as for $GITHUB_STEP_SUMMARY.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A folder or a hub id.", show_default="the first policy's, or the bundled one")
-    ] = None,
+    model: PoliciesModel = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,41 +85,22 @@ def command(
             show_default=f"for the bundled model, the baseline's number or {HELDOUT_PROMPTS} of its own",
         ),
     ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="A generated task, or all; may be repeated.", show_default=False)
-    ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(help="A public suite: NAME:FILE, or NAME from the hub; may be repeated.", show_default=False),
-    ] = None,
-    context: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --task: tokens of a prompt with its answers, as 32k; may be repeated.",
-            show_default="4k, or what the model reads",
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Cases of each task and length, and of each suite.")] = 8,
-    question: Annotated[
-        str, typer.Option(help="With --task and --suite: cut before the question is known (agnostic), after, or both.")
-    ] = "both",
-    scorer: Annotated[
-        str | None, typer.Option(help="Judges all answers.", show_default="each prompt's own, or predicted")
-    ] = None,
+    task: Tasks = None,
+    suite: Suites = None,
+    context: TaskContexts = None,
+    samples: Samples = 8,
+    question: Question = "both",
+    scorer: ScorerName = None,
     max_prompts: Annotated[
         int | None, typer.Option(min=1, help="Most prompts of --data.", show_default="the baseline's number, or all")
     ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt; the last are kept.", show_default="the context")
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="The column with text, in a dataset.", show_default="text")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a dataset.", show_default=False)] = None,
+    max_tokens: LastTokens = None,
+    column: Column = None,
+    split: Split = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the prompts, and of tasks.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the first policy's")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    device: OneDevice = "cpu",
+    dtype: PoliciesDType = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Hold policies to limits and to a baseline: exit code 0 pass, 1 regression, 3 inconclusive, 4 not comparable.

@@ -9,6 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli.console import MAX_SEED
+from kvplan.cli.options import (
+    Column,
+    Device,
+    LastTokens,
+    PoliciesDType,
+    PoliciesModel,
+    PolicyFiles,
+    Question,
+    Samples,
+    ScorerName,
+    Split,
+    Suites,
+    TaskContexts,
+    Tasks,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from kvplan.calibrate.examples import Example
@@ -19,9 +35,7 @@ HELDOUT_PROMPTS = 90
 
 
 def command(
-    policy: Annotated[
-        list[Path] | None, typer.Option(help="A policy file; may be repeated.", show_default=False)
-    ] = None,
+    policy: PolicyFiles = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,9 +43,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A folder or a hub id.", show_default="the first policy's, or the bundled one")
-    ] = None,
+    model: PoliciesModel = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,33 +51,16 @@ def command(
             show_default=f"for the bundled model, {HELDOUT_PROMPTS} of its own that no other step reads",
         ),
     ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="A generated task, or all; may be repeated.", show_default=False)
-    ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(help="A public suite: NAME:FILE, or NAME from the hub; may be repeated.", show_default=False),
-    ] = None,
-    context: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --task: tokens of a prompt with its answers, as 32k; may be repeated.",
-            show_default="4k, or what the model reads",
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Cases of each task and length, and of each suite.")] = 8,
-    question: Annotated[
-        str, typer.Option(help="With --task and --suite: cut before the question is known (agnostic), after, or both.")
-    ] = "both",
-    scorer: Annotated[
-        str | None, typer.Option(help="Judges all answers.", show_default="each prompt's own, or predicted")
-    ] = None,
+    task: Tasks = None,
+    suite: Suites = None,
+    context: TaskContexts = None,
+    samples: Samples = 8,
+    question: Question = "both",
+    scorer: ScorerName = None,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Most prompts of --data.", show_default="all")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt; the last are kept.", show_default="the context")
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="The column with text, in a dataset.", show_default="text")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a dataset.", show_default=False)] = None,
+    max_tokens: LastTokens = None,
+    column: Column = None,
+    split: Split = None,
     profile: Annotated[
         Path | None, typer.Option(help="For baselines that go by the layers' importance.", show_default=False)
     ] = None,
@@ -75,11 +70,9 @@ def command(
     speed_tokens: Annotated[int, typer.Option(min=0, help="Tokens decoded to time each policy; 0: no timing.")] = 32,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Most prompt tokens that run together.")] = 16384,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of tasks, rows of a dataset and the bootstrap.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the first policy's")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    device: Device = "cpu",
+    dtype: PoliciesDType = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summaries as JSON instead of tables.")] = False,
 ) -> None:
     """Measure policies and baselines beside the full cache: KL, top-1, perplexity, scores, bytes and speed."""

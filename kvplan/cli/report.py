@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli.console import MAX_TOKENS
+from kvplan.cli.options import OneDevice, PolicyDType, PolicyModel, TrustRemoteCode
 
 if TYPE_CHECKING:
     from kvplan.report.inputs import Inputs
@@ -64,14 +65,10 @@ def command(
     sample: Annotated[
         bool, typer.Option("--sample/--no-sample", help="Run the policy's model to see which tokens each layer keeps.")
     ] = True,
-    model: Annotated[
-        str | None, typer.Option(help="A folder or a hub id.", show_default="the policy's, or the bundled one")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the policy's")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    model: PolicyModel = None,
+    device: OneDevice = "cpu",
+    dtype: PolicyDType = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Draw what was measured, searched and planned as one HTML file that needs no network; short forms go to stdout."""
     from dataclasses import replace

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli.console import MAX_SEED
+from kvplan.cli.options import Device, PolicyDType, PolicyFile, PolicyModel, TrustRemoteCode
 
 if TYPE_CHECKING:
     from kvplan.calibrate.records import Record
@@ -32,7 +33,7 @@ class _Request:
 
 
 def command(
-    policy: Annotated[Path, typer.Option(help="A policy file.")],
+    policy: PolicyFile,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is standard input.", show_default=False)
     ] = None,
@@ -43,9 +44,7 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With --data: where to write JSON lines.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A folder or a hub id.", show_default="the policy's, or the bundled one")
-    ] = None,
+    model: PolicyModel = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Most new tokens of a prompt.", show_default=f"the record's, or {DEFAULT_NEW_TOKENS}"),
@@ -57,11 +56,9 @@ def command(
         bool, typer.Option("--compare", help="Also run the full cache and show the difference.")
     ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text while it is made.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="the policy's")
-    ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    device: Device = "cpu",
+    dtype: PolicyDType = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt instead of the text.")] = False,
 ) -> None:
     """Generate text under a policy. The text goes to stdout, what it cost to stderr."""

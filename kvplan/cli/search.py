@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvplan.cli.console import MAX_SEED, MAX_TOKENS
+from kvplan.cli.options import AsJson, Column, Device, DType, MaxTokens, ReplayMemory, Split, Timeout, TrustRemoteCode
 
 if TYPE_CHECKING:
     from kvplan.check.results import Cost
@@ -38,15 +39,11 @@ def command(
         typer.Option(help="Prompts to search on; may be repeated. Without it, the bundled ones.", show_default=False),
     ] = None,
     max_prompts: Annotated[int | None, typer.Option(min=3, help="Most prompts.", show_default="all")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt.", show_default="the context")
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="The column with text, in a dataset.", show_default="text")] = None,
-    split: Annotated[str | None, typer.Option(help="The split of a dataset.", show_default=False)] = None,
+    max_tokens: MaxTokens = None,
+    column: Column = None,
+    split: Split = None,
     trials: Annotated[int, typer.Option(min=0, help="Trials in all. 0: what the profile alone suggests.")] = 60,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
-    ] = None,
+    timeout: Timeout = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampler, and of the rows of a dataset.")] = 0,
     storage: Annotated[
         str | None,
@@ -117,17 +114,11 @@ def command(
     sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that every layer keeps.")] = 4,
     recent_tokens: Annotated[int, typer.Option(min=1, help="Last tokens that every layer keeps.")] = 16,
     min_slots: Annotated[int, typer.Option(min=1, help="Fewest slots of a layer.")] = 64,
-    replay_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory for prefilled prompts, such as 4GiB; the rest lies in temporary files (TMPDIR).",
-            show_default="half of what is free",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    replay_memory: ReplayMemory = None,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search the best policy under a memory target, and keep the best so far on disk."""
     from kvplan.errors import DataError, ProfileError
@@ -322,7 +313,7 @@ def command(
         out.print(summary(result), soft_wrap=True)
         if pareto:
             out.print(front_table(result, spec, costs, steps), soft_wrap=True)
-            for line in front_notes(result, costs, steps):
+            for line in front_notes(costs, steps):
                 out.print(wrapped(line), soft_wrap=True)
     if pareto:
         note(f"wrote {front_path(output)}: {len(result.front)} plans, none beaten in both bytes and KL")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvplan.cli.options import Device, ReplayMemory, Timeout, TrustRemoteCode
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,18 +28,10 @@ def command(
         list[str] | None,
         typer.Option(help="Where the prompts are; may be repeated.", show_default="as the search was told"),
     ] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds after which no trial starts.", show_default="none")
-    ] = None,
-    replay_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Most memory for prefilled prompts, such as 4GiB; the rest lies in temporary files (TMPDIR).",
-            show_default="half of what is free",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... auto: split over all GPUs.")] = "cpu",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+    timeout: Timeout = None,
+    replay_memory: ReplayMemory = None,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add trials to a study that kvplan search has created, until it has all of them.
 

@@ -12,8 +12,8 @@ from kvplan.check.step_costs import StepCosts
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.memory import plan
 from kvplan.policy.serialize import dump_policy
-from kvplan.report.search import name, name_notes
-from kvplan.report.tables import few_note, interval, number_table
+from kvplan.report.search import name
+from kvplan.report.tables import interval, number_table
 from kvplan.search.confirm import Finalist, SearchResult, state
 from kvplan.search.front_file import FORMAT, KEY
 from kvplan.units import format_share
@@ -49,15 +49,14 @@ def front_table(
     return number_table(headers, rows, f"the front, at a prompt of {result.context_tokens} tokens", gap=1)
 
 
-def front_notes(result: SearchResult, costs: Mapping[int, Cost], steps: StepCosts | None = None) -> list[str]:
-    """What the columns mean, a line each."""
+def front_notes(costs: Mapping[int, Cost], steps: StepCosts | None = None) -> list[str]:
+    """What the columns mean that the summary of the finalists does not have, a line each."""
     told = ["of full: bytes held, of a full cache's. exact: answers that are wholly right."]
     if any(cost.speedup for cost in costs.values()):
         told.append("decode: tokens a second, of those with transformers' full cache (1x).")
     if steps is not None:
         told.append("predicted: the same, from what each layer's step was measured to cost.")
-    told += name_notes([finalist.trial for finalist in result.front])
-    return told + few_note(*(len(finalist.scores) for finalist in result.front))
+    return told
 
 
 def front_data(

@@ -1,42 +1,22 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "check"))
-from byte_model import byte_model, byte_tokenizer
-
-import kvplan.loading
 from kvplan.check.results import load_results
-from kvplan.cli import console
 from kvplan.cli.app import app
 from kvplan.cli.exits import run_app
-from kvplan.policy.schema import LayerPolicy, Policy, Slots
+from kvplan.policy.schema import LayerPolicy, Policy
 from kvplan.policy.serialize import save_policy
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    byte_model().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
-    """A folder with a.yaml, b.yaml and the 70 prompts of p.jsonl, whose model is the bundled one."""
-    monkeypatch.setattr(kvplan.loading, "BUNDLED_FOLDER", folder)
-    monkeypatch.chdir(tmp_path)
-    for name, share in (("a", 5000), ("b", 3000)):
-        layer = LayerPolicy(slots=Slots(share=share), min_slots=24)
-        save_policy(Policy(layers=(layer, layer)), tmp_path / f"{name}.yaml")
+def here(byte_home: Path) -> Path:
+    """With the 70 prompts of p.jsonl."""
     records = [
         {
             "id": f"{i}",
@@ -46,9 +26,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Itera
         }
         for i in range(70)
     ]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
-    yield tmp_path
-    console.set_quiet(False)
+    (byte_home / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return byte_home
 
 
 def kvplan_check(*argv: object) -> int:

@@ -1,53 +1,34 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "check"))
-from byte_model import byte_model, byte_tokenizer
-
 import kvplan.loading
 from kvplan.check.results import FULL_CACHE, load_results
-from kvplan.cli import console
 from kvplan.cli.app import app
 from kvplan.cli.exits import run_app
-from kvplan.policy.schema import LayerPolicy, Policy, Slots
+from kvplan.policy.schema import LayerPolicy, Policy
 from kvplan.policy.serialize import save_policy
+from tests.check.byte_model import byte_tokenizer
 
 CHECK = Path(__file__).parents[1] / "check"
 SUITE = f"gsm8k:{CHECK / 'data' / 'gsm8k.jsonl'}"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    byte_model().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Path]:
-    """A folder with a.yaml, b.yaml and prompts.jsonl, whose model is the bundled one."""
-    monkeypatch.setattr(kvplan.loading, "BUNDLED_FOLDER", folder)
-    monkeypatch.chdir(tmp_path)
-    for name, share in (("a", 5000), ("b", 3000)):
-        layer = LayerPolicy(slots=Slots(share=share), min_slots=24)
-        save_policy(Policy(layers=(layer, layer)), tmp_path / f"{name}.yaml")
+def here(byte_home: Path) -> Path:
+    """With prompts.jsonl."""
     records = [
         {"id": f"{i}", "task": "copy" if i % 2 else "ask", "prompt": f"{'word ' * (60 + 200 * i)}{i} is",
          "answer": f"{i}", "question_aware": i < 2, **({"scorer": "f1", "max_new_tokens": 4} if i % 2 else {})}
         for i in range(4)
     ]  # fmt: skip
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
-    yield tmp_path
-    console.set_quiet(False)
+    (byte_home / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return byte_home
 
 
 def kvplan_eval(*argv: object) -> int:
@@ -185,8 +166,8 @@ def test_a_policy_of_another_model_is_refused(here: Path, capsys: pytest.Capture
 
 
 def test_another_model_must_be_told_what_to_read(
-    here: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path, byte_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kvplan.loading, "BUNDLED_FOLDER", here)
-    assert kvplan_eval("--policy", "a.yaml", "--model", folder) == 2
+    assert kvplan_eval("--policy", "a.yaml", "--model", byte_folder) == 2
     assert "nothing to measure on; give --data, --task or --suite" in capsys.readouterr().err
