@@ -39,8 +39,11 @@ def _print_json(data: dict[str, Any]) -> None:
 
 def _plan(policy: Policy, context: int, new_tokens: int, batch: int) -> BytesPlan:
     from kvplan.policy.memory import plan, stated_spec
+    from kvplan.policy.rules import check_model
 
-    return plan(policy, stated_spec(policy), [context] * batch, new_tokens)
+    spec = stated_spec(policy)
+    check_model(policy, spec)
+    return plan(policy, spec, [context] * batch, new_tokens)
 
 
 def _where(context: int, new_tokens: int, batch: int) -> str:

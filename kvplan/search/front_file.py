@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from kvplan.errors import KVPlanError, TargetError
 from kvplan.files import read_text
@@ -18,6 +18,7 @@ from kvplan.units import BASIS_POINTS, format_share
 
 KEY = "kvplan_front"
 FORMAT = 1
+MAX_BYTES = 2**62  # more is damage, and no number that can be divided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class Point:
 
     __pydantic_config__ = ConfigDict(strict=True, extra="ignore")
 
-    bytes: NonNegativeInt
-    full_bytes: PositiveInt
+    bytes: int = Field(ge=0, le=MAX_BYTES)
+    full_bytes: int = Field(ge=1, le=MAX_BYTES)
     kl: FiniteFloat
     policy: str = Field(min_length=1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from mutations import Node, damaged, damaged_lines
-from valid_files import SPEC, as_file, policies, profile, prompts, results
+from valid_files import SPEC, as_file, front, policies, profile, prompts, results
 
 from kvplan.calibrate.profile import Profile
 from kvplan.calibrate.prompts import data_fingerprint, load_examples
@@ -25,6 +25,7 @@ from kvplan.policy.rules import check_model
 from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import dump_policy, load_policy, parse_policy
 from kvplan.report.policy import picture
+from kvplan.search.front_file import choose, load_front
 
 fuzzed = settings(
     max_examples=25_000 if settings.get_current_profile_name() == "nightly" else 500,
@@ -36,6 +37,7 @@ MAX_LINE = 1000
 POLICIES = [Node.of(data) for data in policies()]
 PROFILES = [Node.of(as_file(profile()))]
 RESULTS = [Node.of(as_file(results()))]
+FRONTS = [Node.of(front())]
 RECORDS = [Node.of(data) for data in prompts()]
 
 
@@ -89,6 +91,19 @@ def use_policy(policy: Policy) -> None:
         picture(policy, 700)
     except KVPlanError as error:
         assert_readable(error)
+
+
+@fuzzed
+@given(data=damaged(FRONTS))
+def test_fronts(here: Path, data: bytes) -> None:
+    path = here / "p.front.json"
+    path.write_bytes(data)
+    try:
+        point, policy = choose(load_front(path), 4000, str(path))
+    except KVPlanError as error:
+        return assert_readable(error)
+    assert 0 <= point.share <= 0.4
+    use_policy(policy)
 
 
 @fuzzed

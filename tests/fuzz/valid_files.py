@@ -102,6 +102,16 @@ def policies() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def front() -> dict[str, Any]:
+    """Two plans of a search over several memories."""
+    points = [
+        {"target": f"{share}%", "label": "knapsack", "bytes": 10 * share, "full_bytes": 1000, "kl": 1 / share,
+         "policy": f"kvplan: 1\nlayers: {{0-3: {{slots: {share}%, evictor: tova}}}}\n"}
+        for share in (20, 40)
+    ]  # fmt: skip
+    return {"kvplan_front": 1, "model": {}, "prompt_tokens": 700, "step_costs": None, "points": points}
+
+
 def prompts() -> list[dict[str, Any]]:
     turns = [("system", "Be brief."), ("user", "the key is in the red box"), ("assistant", "yes"), ("user", "where?")]
     return [
