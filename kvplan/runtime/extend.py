@@ -6,8 +6,9 @@ overwritten. A query sees what is alive at its own step, so one masked attention
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -29,6 +30,53 @@ class RowState:
     sinks: int
     overwrites: int
 
+    @property
+    def is_full(self) -> bool:
+        return self.held == self.capacity
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a layer's rows stand when tokens come; `now` are the positions of the first ones."""
+
+    rows: tuple[RowState, ...]
+    now: tuple[int, ...]
+
+    @cached_property
+    def held(self) -> tuple[int, ...]:
+        return tuple(row.held for row in self.rows)
+
+    @cached_property
+    def held_after(self) -> tuple[int, ...]:
+        """Slots held once one more token has come."""
+        return tuple(row.held if row.is_full else row.held + 1 for row in self.rows)
+
+    @cached_property
+    def full(self) -> tuple[bool, ...]:
+        return tuple(row.is_full for row in self.rows)
+
+    @cached_property
+    def all_full(self) -> bool:
+        return all(self.full)
+
+    @cached_property
+    def ring_slots(self) -> tuple[int, ...]:
+        """Where the next token of each row goes in a ring."""
+        return tuple(ring_slot(row, 0) for row in self.rows)
+
+
+@lru_cache(maxsize=64)
+def standing(prompts: tuple[int, ...], capacities: tuple[int | None, ...], sinks: int, appended: int) -> Standing:
+    """Of rows with these prompts; layers of equal capacities share one, so that a step works it out once."""
+    rows = []
+    for prompt, capacity in zip(prompts, capacities, strict=True):
+        seen = prompt + appended
+        if capacity is None:
+            rows.append(RowState(seen, None, sinks, 0))
+        else:
+            rows.append(RowState(min(seen, capacity), capacity, sinks, max(0, seen - max(capacity, prompt))))
+    return Standing(tuple(rows), tuple(prompt + appended for prompt in prompts))
+
 
 def ring_slot(state: RowState, step: int) -> int:
     """The slot that the `step`-th new token goes to."""
@@ -38,7 +86,7 @@ def ring_slot(state: RowState, step: int) -> int:
     return state.sinks + (state.overwrites + slot - state.capacity) % (state.capacity - state.sinks)
 
 
-def ring_visibility(rows: list[RowState], num_old: int, num_new: int, device: torch.device) -> Tensor:
+def ring_visibility(rows: Sequence[RowState], num_old: int, num_new: int, device: torch.device) -> Tensor:
     """[B, 1, T, num_old + T] bool: which old slots and new tokens each new token's query sees.
 
     Args:
@@ -117,7 +165,7 @@ def ring_successions(state: RowState, num_old: int, num_new: int, device: torch.
 
 def score_scan(
     evictor: Evictor,
-    rows: list[RowState],
+    rows: Sequence[RowState],
     recent_tokens: int,
     q: Tensor,
     keys: Tensor,

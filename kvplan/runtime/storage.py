@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -119,15 +120,17 @@ class Pool:
         """A side array of all rows, [B, H, slots of the largest]: a view where rows are of one size, else a copy."""
         if len(self.rows) == 1:
             return self.rows[0].columns[name]
-        first = self.rows[0].columns[name]
-        wide = first.new_full((len(self.sizes), first.shape[1], max(self.sizes)), fill)
-        for rows in self.rows:
-            column = rows.columns[name]
-            wide[rows.start : rows.stop, :, : column.shape[-1]] = column
+        flat, heads = self.buffers[name].view(-1), self.rows[0].columns[name].shape[1]
+        wide = flat.new_full((len(self.sizes), heads, max(self.sizes)), fill)
+        wide.view(-1).index_copy_(0, side_by_side(tuple(self.sizes), heads, self.device), flat)
         return wide
 
     def put_wide(self, name: str, new: Tensor) -> None:
         """Store the first slots of a side array of all rows, [B, H, S]."""
+        if len(self.rows) > 1 and new.shape[-1] == max(self.sizes):
+            places = side_by_side(tuple(self.sizes), new.shape[1], self.device)
+            self.buffers[name].view(-1).copy_(new.reshape(-1)[places])
+            return
         for rows in self.rows:
             column = rows.columns[name][..., : new.shape[-1]]
             column.copy_(new[rows.start : rows.stop, :, : column.shape[-1]])
@@ -156,6 +159,18 @@ class Pool:
     def row_bytes(self, index: int) -> int:
         """Bytes of one row's part of the buffers."""
         return sum(t.numel() * t.element_size() for t in self.row(index).columns.values())
+
+
+@lru_cache(maxsize=16)  # layers of a forward lie alike
+def side_by_side(sizes: tuple[int, ...], heads: int, device: torch.device) -> Tensor:
+    """Where the slots of a flat side array go when rows of these sizes lie side by side, as wide as the largest.
+
+    Returns:
+        [slots * heads] int64, into [B, heads, largest]. Not to be written to.
+    """
+    with torch.inference_mode(False):
+        starts = [i * max(sizes) for i in range(len(sizes) * heads)]
+        return torch.cat([torch.arange(start, start + sizes[i // heads]) for i, start in enumerate(starts)]).to(device)
 
 
 def put(column: Tensor, slots: int | Tensor, new: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class Stored:
     codes: Codes
     dim: int
 
-    @property
+    @cached_property
     def dense(self) -> Tensor | None:
         """The vectors themselves, where they are stored as they are."""
         return self.codes.get("x")
@@ -45,6 +46,18 @@ class Part:
     bias: Tensor | None = None
     channels: Tensor | None = None
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         return self.keys.dense is not None and self.values.dense is not None and self.bias is None
+
+    @cached_property
+    def bare(self) -> bool:
+        """Plain, and all of it visible."""
+        return self.plain and self.mask is None and self.channels is None
+
+    @cached_property
+    def by_head(self) -> tuple[Tensor, Tensor]:
+        """Of dense slots, views: keys [b * H, D, S] and values [b * H, S, Dv]."""
+        keys, values = self.keys.dense, self.values.dense
+        assert keys is not None and values is not None
+        return keys.view(-1, *keys.shape[2:]).mT, values.view(-1, *values.shape[2:])

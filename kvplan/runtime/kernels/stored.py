@@ -53,8 +53,13 @@ def attend_runs(
     """
     if len(runs) == 1:
         return attend_parts(q, (runs[0][2],), args, want_probs)
-    if want_probs and not choose.available(q):
-        return _attend_padded(q, runs, args)
+    if not choose.available(q):
+        if want_probs:
+            return _attend_padded(q, runs, args)
+        # In fewer bits the logits would be rounded before the softmax.
+        exact = q.dtype in (torch.float32, torch.float64)
+        if exact and args.plain and all(part.bare for _, _, part in runs):
+            return _attend_bare(q, runs, args), None
     found = [attend_parts(q[a:b], (part,), args.of_rows(a, b), want_probs) for a, b, part in runs]
     out = torch.cat([out for out, _ in found])
     if not want_probs:
@@ -63,23 +68,44 @@ def attend_runs(
     return out, torch.cat([F.pad(p, (0, longest - p.shape[-1])) for _, p in found if p is not None])
 
 
+def _attend_bare(q: Tensor, runs: Sequence[tuple[int, int, Part]], args: AttentionArgs) -> Tensor:
+    """Run by run, with as little as can be around each of the many small calls."""
+    found = []
+    for own, (_, _, part) in zip(_by_run(q, runs), runs, strict=True):
+        keys, values = part.by_head
+        found.append((torch.bmm(own, keys).mul_(args.scaling)).softmax(-1).bmm(values))
+    return torch.cat(found).view(q.shape[0], 1, q.shape[1], -1)
+
+
+def _by_run(q: Tensor, runs: Sequence[tuple[int, int, Part]]) -> tuple[Tensor, ...]:
+    """Each run's rows [b * Hkv, G, D] of queries [B, Hq, 1, D]."""
+    heads = _heads(runs[0][2])
+    return q.reshape(q.shape[0] * heads, -1, q.shape[-1]).split([(stop - start) * heads for start, stop, _ in runs])
+
+
 def _attend_padded(q: Tensor, runs: Sequence[tuple[int, int, Part]], args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """One softmax over all rows, products row by row."""
     B, Hq = q.shape[:2]
     heads, longest = _heads(runs[0][2]), max(part.slots for _, _, part in runs)
-    grouped = q.reshape(B, heads, -1, q.shape[-1])  # [B, Hkv, G, D]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (B, heads, Hq // heads, 1, longest)
-    logits = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=q.device)
-    for start, stop, part in runs:
-        own = _logits(grouped[start:stop], part, args, 1)
+    logits = torch.full((B, heads, Hq // heads, longest), torch.finfo(dtype).min, dtype=dtype, device=q.device)
+    bare = args.softcap is None and all(part.bare for _, _, part in runs)
+    for own, (start, stop, part) in zip(_by_run(q, runs), runs, strict=True):
+        room = logits[start:stop, ..., : part.slots]
+        if bare:
+            room.copy_(torch.bmm(own, part.by_head[0]).view(room.shape))
+            continue
+        found = _logits(own.unflatten(0, (-1, heads)), part, args, 1)
         if part.mask is not None:
-            own = own.masked_fill(~part.mask[:, :, None], torch.finfo(dtype).min)
-        logits[start:stop, ..., : part.slots] = own
-    probs = masked_softmax(logits, None, args.sink_logits)
-    weights = probs.to(q.dtype)[:, :, :, 0]
-    out = torch.cat([_mix(weights[start:stop, ..., : part.slots], part) for start, stop, part in runs])
-    return out.view(B, 1, Hq, -1), probs
+            found = found.masked_fill(~part.mask[:, :, None], torch.finfo(dtype).min)
+        room.copy_(found[..., 0, :])
+    if bare:
+        logits.mul_(args.scaling)
+    probs = masked_softmax(logits[..., None, :], None, args.sink_logits)
+    weights = probs.to(q.dtype)[..., 0, :]
+    shares = [(weights[start:stop, ..., : part.slots], part) for start, stop, part in runs]
+    mixed = [w.flatten(0, 1).bmm(part.by_head[1]) if bare else _mix(w, part).flatten(0, 1) for w, part in shares]
+    return torch.cat(mixed).view(B, 1, Hq, -1), probs
 
 
 def _heads(part: Part) -> int:

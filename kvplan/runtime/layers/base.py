@@ -260,7 +260,7 @@ def prefix_mask(counts: Sequence[int], width: int, device: torch.device) -> Tens
 
 
 @lru_cache(maxsize=64)
-def column(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """[B, 1, 1] int64, not to be written to. All layers of a step ask for the same ones."""
+def column(numbers: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """[B, 1, 1] integers, not to be written to. All layers of a step ask for the same ones."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)[:, None, None]
+        return torch.tensor(numbers, dtype=dtype, device=device)[:, None, None]

@@ -20,11 +20,13 @@ from kvplan.runtime import chunk
 from kvplan.runtime.extend import (
     FOREVER,
     RowState,
+    Standing,
     last_written,
     ring_slot,
     ring_successions,
     ring_visibility,
     score_scan,
+    standing,
 )
 from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.parts import Part, Stored
@@ -103,6 +105,7 @@ class BudgetedLayer(PolicyLayer):
         # What is known about the old one goes with it.
         self._room = 0  # appended tokens that the pool has room for
         self._known_parts: dict[int, tuple[Rows, Part]] = {}  # by first row
+        self._settled: list[Seen] | None = None  # what every later query sees
 
     @property
     def num_rows(self) -> int:
@@ -151,18 +154,8 @@ class BudgetedLayer(PolicyLayer):
         """[H, n] of each part of a row -> [n] of each KV head."""
         return list(torch.cat(parts, -1).sort(-1).values.expand(self.spec.kv_heads, -1).unbind())
 
-    def _states(self) -> list[RowState]:
-        """Where each row stands; rows with equal prompts stand alike."""
-        known: dict[tuple[int, int | None], RowState] = {}
-        rows = list(zip(self._prompt_tokens, self.capacities, strict=True))
-        for prompt, capacity in rows:
-            if (prompt, capacity) not in known:
-                seen = prompt + self._appended
-                held, overwrites = seen, 0
-                if capacity is not None:
-                    held, overwrites = min(seen, capacity), max(0, seen - max(capacity, prompt))
-                known[prompt, capacity] = RowState(held, capacity, self.sinks, overwrites)
-        return [known[row] for row in rows]
+    def _standing(self) -> Standing:
+        return standing(tuple(self._prompt_tokens), tuple(self.capacities), self.sinks, self._appended)
 
     def _capacities(self, lengths: Sequence[int]) -> list[int | None]:
         """Slots that each row may ever hold; a native window is its own capacity."""
@@ -277,52 +270,52 @@ class BudgetedLayer(PolicyLayer):
     def _step(self, q: Tensor, keys: Tensor, values: Tensor, args: AttentionArgs) -> tuple[Tensor, list[Seen]]:
         self._grow(1)
         assert self.pool is not None
-        states = self._states()
-        merges = self._merges_steps
+        now, merges = self._standing(), self._merges_steps
         scores = self.pool.wide("scores") if self.keeps_scores else None
-        self._insert(states, keys, values, scores)
-        runs = [(rows.start, rows.stop, self._visible(rows, states[rows.start : rows.stop])) for rows in self.pool.rows]
-        seen = [Seen(start, stop, 0, 1, (part,)) for start, stop, part in runs]
-        out, probs = attend_runs(q, runs, args, self.keeps_scores or merges)
+        self._insert(now, keys, values, scores)
+        seen = self._visible(now)
+        out, probs = attend_runs(q, [(s.start, s.stop, s.parts[0]) for s in seen], args, self.keeps_scores or merges)
         if scores is not None:
             assert probs is not None
-            self._observe(states, scores, probs[..., 0, :])
+            self._observe(now, scores, probs[..., 0, :])
         if merges:
             assert probs is not None
             # Who shares this cache looks at what was there, not at what is merged for the next step.
             seen = cloned(seen) if self._lends else seen
             for rows in self.pool.rows:
                 part = slice(rows.start, rows.stop)
-                self._merge_step(rows, states[part], probs[part, ..., 0, :])
+                self._merge_step(rows, now.rows[part], probs[part, ..., 0, :])
         self._appended += 1
         return out, seen
 
-    def _insert(self, states: list[RowState], keys: Tensor, values: Tensor, scores: Tensor | None) -> None:
+    def _insert(self, now: Standing, keys: Tensor, values: Tensor, scores: Tensor | None) -> None:
         """Write one token per row into its slot; `scores` [B, H, slots] are those of all rows."""
         assert self.pool is not None
-        now = self._now() if "positions" in self.pool.buffers else None
-        new = self._columns_of(keys, values, now)
+        new = self._columns_of(keys, values, self._column(now.now) if "positions" in self.pool.buffers else None)
         if scores is None:
-            slots = self._ring_slots(states)
+            ring = now.ring_slots
+            slots = ring[0] if min(ring) == max(ring) else self._column(ring)[..., 0]
         else:
-            slots = self._victims(states, scores)
+            slots = self._victims(now, scores)
             scores.scatter_(-1, slots[..., None], new.pop("scores"))
         self.pool.put(slots, new)
 
-    def _visible(self, rows: Rows, states: list[RowState]) -> Part:
-        """What the queries of these rows may look at after the new token came."""
-        counts = [_held_after(state) for state in states]
-        longest = max(counts)
-        return self._part(rows, longest, prefix_mask(counts, longest, self._device))
+    def _visible(self, now: Standing) -> list[Seen]:
+        """What the queries may look at after the new token came: once all rows are full, always the same slots."""
+        assert self.pool is not None
+        if self._settled is not None:
+            return self._settled
+        seen = []
+        for rows in self.pool.rows:
+            counts = now.held_after[rows.start : rows.stop]
+            part = self._part(rows, max(counts), prefix_mask(counts, max(counts), self._device))
+            seen.append(Seen(rows.start, rows.stop, 0, 1, (part,)))
+        if now.all_full and "counts" not in self.pool.buffers:
+            self._settled = seen
+        return seen
 
-    def _ring_slots(self, states: list[RowState]) -> int | Tensor:
-        """One slot for all rows, or [B, 1]."""
-        ring = [ring_slot(state, 0) for state in states]
-        return ring[0] if min(ring) == max(ring) else column(tuple(ring), self._device)[..., 0]
-
-    def _now(self) -> Tensor:
-        """[B, 1, 1] int64 position of the token that comes now."""
-        return column(tuple(prompt + self._appended for prompt in self._prompt_tokens), self._device)
+    def _column(self, numbers: tuple[int, ...]) -> Tensor:
+        return column(numbers, self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -350,32 +343,29 @@ class BudgetedLayer(PolicyLayer):
     def _key_dim(self) -> int:
         return self.spec.key_dim
 
-    def _victims(self, states: list[RowState], scores: Tensor) -> Tensor:
+    def _victims(self, now: Standing, scores: Tensor) -> Tensor:
         """[B, H]: the slot of the lowest unprotected score in full rows, per head; the next free one in others."""
         assert self.pool is not None
-        full = [state.held == state.capacity for state in states]
-        free = column(tuple(state.held for state in states), self._device)[..., 0]
-        if not any(full):
+        free = self._column(now.held)[..., 0]
+        if not any(now.full):
             return free.expand(-1, scores.shape[1])
+        edge = column(tuple(n - self.policy.recent_tokens for n in now.now), self._device, torch.int32)
         # Where a row has no slot, its position is as recent as can be.
-        recent = self.pool.wide("positions", FOREVER) > (self._now() - self.policy.recent_tokens).int()
+        recent = self.pool.wide("positions", FOREVER) > edge
         ranked = torch.where(recent, torch.inf, scores)
         ranked[..., : self.sinks] = torch.inf  # sinks never leave the first slots
-        victims = ranked.min(-1).indices
-        return (
-            victims
-            if all(full)
-            else torch.where(column(tuple(map(int, full)), self._device)[..., 0] > 0, victims, free)
-        )
+        victims = ranked.argmin(-1)
+        if now.all_full:
+            return victims
+        return torch.where(self._column(tuple(map(int, now.full)))[..., 0] > 0, victims, free)
 
-    def _observe(self, states: list[RowState], scores: Tensor, probs: Tensor) -> None:
+    def _observe(self, now: Standing, scores: Tensor, probs: Tensor) -> None:
         """Update the scores [B, H, slots] by this step's attention [B, Hkv, G, S]."""
         assert self.pool is not None
-        held = column(tuple(_held_after(state) for state in states), self._device)
-        step = Step(self._now(), held)
+        step = Step(self._column(now.now), self._column(now.held_after))
         self.pool.put_wide("scores", self.evictor.observe(scores[..., : probs.shape[-1]], probs.float(), step))
 
-    def _merge_step(self, rows: Rows, states: list[RowState], probs: Tensor) -> None:
+    def _merge_step(self, rows: Rows, states: Sequence[RowState], probs: Tensor) -> None:
         """Let the merger save what the next token will overwrite; only in rows that are full."""
         assert self.merger is not None
         full = [i for i, s in enumerate(states) if s.capacity is not None and s.held + 1 >= s.capacity]
@@ -396,7 +386,7 @@ class BudgetedLayer(PolicyLayer):
         """Several tokens at once: exactly what the same tokens one by one would do."""
         assert self.pool is not None
         B, num_new = self.num_rows, keys.shape[2]
-        states = self._states()
+        states = self._standing().rows
         width = max(state.held for state in states)
         now = torch.tensor([self.seen(b) for b in range(B)], device=keys.device)[:, None, None]
         columns = chunk.side_by_side(self.pool, width, self._columns_of(keys, values, now))
@@ -428,7 +418,7 @@ class BudgetedLayer(PolicyLayer):
         return self.merger is not None and self.merger.merges_steps
 
     def _merge_steps(
-        self, q: Tensor, part: Part, states: list[RowState], width: int, args: AttentionArgs
+        self, q: Tensor, part: Part, states: Sequence[RowState], width: int, args: AttentionArgs
     ) -> tuple[Tensor, list[Seen], Tensor]:
         """Several steps with a merger that changes values: attention does not depend on them, so it is known at once.
 
@@ -488,7 +478,7 @@ class BudgetedLayer(PolicyLayer):
                 made["counts"] = keys.new_ones(B, c.heads, T, dtype=torch.int32)
         return made
 
-    def _write_ring(self, columns: Mapping[str, Tensor], states: list[RowState], width: int, num_new: int) -> None:
+    def _write_ring(self, columns: Mapping[str, Tensor], states: Sequence[RowState], width: int, num_new: int) -> None:
         assert self.pool is not None
         for b, state in enumerate(states):
             slots, sources = last_written(state, width, num_new, self._merges_steps, self._device)
@@ -573,11 +563,6 @@ class BudgetedLayer(PolicyLayer):
 
 
 _FULL = LayerPolicy()
-
-
-def _held_after(state: RowState) -> int:
-    """Slots that the row holds once the new token has come."""
-    return state.held if state.held == state.capacity else state.held + 1
 
 
 def _dense(stored: Stored) -> Tensor:

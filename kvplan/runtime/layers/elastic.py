@@ -112,7 +112,7 @@ class ElasticLayer(BudgetedLayer):
         outputs, seen = [], []
         for rows in self.pool.rows:
             part = slice(rows.start, rows.stop)
-            now = self._now()[part]
+            now = column(tuple(self.seen(b) for b in range(rows.start, rows.stop)), self.pool.device)
             slots = self._slots(rows.positions, rows.scores, now)
             for role, codec, x in (("keys", self.key_codec, keys), ("values", self.value_codec, values)):
                 for name, codes in codec.encode(x[part]).items():
