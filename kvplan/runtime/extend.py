@@ -193,25 +193,36 @@ def score_scan(
     if bias is not None:
         logits = logits + bias[:, :, None, None]
     held = torch.tensor([state.held for state in rows], device=keys.device)
-    limits = torch.tensor([FOREVER if s.capacity is None else s.capacity for s in rows], device=keys.device)
+    limits = [FOREVER if s.capacity is None else s.capacity for s in rows]
+    counts = [[min(state.held + step, most) for state, most in zip(rows, limits, strict=True)] for step in range(T + 1)]
+    seen = torch.tensor(counts[1:], device=keys.device)[..., None, None].unbind()
+    free = (held[None] + torch.arange(T, device=keys.device)[:, None])[..., None, None].unbind()  # the next free slot
     sinks = torch.tensor([state.sinks for state in rows], device=keys.device)[:, None, None]
+    is_sink = positions < sinks
     alive = (torch.arange(width, device=keys.device) < held[:, None])[:, None].expand(B, H, width).clone()
     alive[..., N:] = False
     visible = torch.zeros(B, H, T, width, dtype=torch.bool, device=keys.device)
     slots = torch.arange(width, device=keys.device).expand(B, H, width).clone()
     for step in range(T):
         now = positions[:, :, N + step, None]
-        full = (held + step >= limits)[:, None, None]
-        protected = (positions < sinks) | (positions > now - recent_tokens)
-        candidates = scores.masked_fill(~alive | protected, torch.inf)
-        equal = candidates == candidates.amin(-1, keepdim=True)
-        victim = slots.masked_fill(~equal, FOREVER).min(-1, keepdim=True).indices
-        slots[..., N + step, None] = torch.where(full, slots.gather(-1, victim), (held + step)[:, None, None])
-        alive.scatter_(-1, victim, alive.gather(-1, victim) & ~full)
+        is_full = [count == most for count, most in zip(counts[step], limits, strict=True)]
+        slot = free[step]
+        if any(is_full):
+            protected = is_sink | (positions > now - recent_tokens)
+            candidates = scores.masked_fill(~alive | protected, torch.inf)
+            equal = candidates == candidates.amin(-1, keepdim=True)
+            victim = slots.masked_fill(~equal, FOREVER).min(-1, keepdim=True).indices
+            if all(is_full):
+                slot = slots.gather(-1, victim)
+                alive.scatter_(-1, victim, False)
+            else:
+                full = torch.tensor(is_full, device=keys.device)[:, None, None]
+                slot = torch.where(full, slots.gather(-1, victim), slot)
+                alive.scatter_(-1, victim, alive.gather(-1, victim) & ~full)
+        slots[..., N + step, None] = slot
         alive[..., N + step] = True
         visible[:, :, step] = alive
         probs = masked_softmax(logits[..., step : step + 1, :], alive[:, :, None, None], args.sink_logits)
-        seen = torch.minimum(held + step + 1, limits)[:, None, None]
-        observed = evictor.observe(scores, probs[..., 0, :].float(), Step(now[:, :1], seen))
+        observed = evictor.observe(scores, probs[..., 0, :].float(), Step(now[:, :1], seen[step]))
         scores = torch.where(alive, observed, scores)  # what has not come yet is not judged
     return visible, scores, alive, slots

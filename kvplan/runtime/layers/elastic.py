@@ -79,7 +79,10 @@ class ElasticLayer(BudgetedLayer):
     def _alive(self, scores: Tensor, positions: Tensor, now: int | Tensor) -> Tensor:
         """What is kept: sinks, the recent window, and what mattered not too long ago."""
         recent = positions > now - self.policy.recent_tokens
-        return (positions < self.sinks) | recent | (scores > now - self._horizon)
+        return (positions < self.sinks) | recent | self._mattered(scores, now)
+
+    def _mattered(self, scores: Tensor, now: int | Tensor) -> Tensor:
+        return scores > now - self._horizon
 
     def _pack(self) -> None:
         """Close the holes and fit the storage to what is held."""
@@ -167,10 +170,11 @@ class ElasticLayer(BudgetedLayer):
         old = positions.shape[-1] - T
         limits = column(tuple(FOREVER if cap is None else cap for cap in self.capacities), q.device)
         visible = torch.zeros(*alive.shape[:2], T, alive.shape[-1], dtype=torch.bool, device=q.device)
+        is_sink = positions < self.sinks
         for step in range(T):
             now = positions[..., old + step, None]
             full = alive.sum(-1, keepdim=True) >= limits
-            protected = (positions < self.sinks) | (positions > now - self.policy.recent_tokens)
+            protected = is_sink | (positions > now - self.policy.recent_tokens)
             ranked = scores.masked_fill(protected | ~alive, torch.inf)
             tied = alive & (ranked == ranked.amin(-1, keepdim=True))
             victim = positions.masked_fill(~tied, FOREVER).min(-1, keepdim=True).indices  # as `_slots`
@@ -181,7 +185,7 @@ class ElasticLayer(BudgetedLayer):
             observed = self.evictor.observe(scores, probs[..., 0, :].float(), Step(now, alive.sum(-1, keepdim=True)))
             scores = torch.where(alive, observed, scores)  # what has not come yet is not judged
             if self.evicts:
-                alive = alive & self._alive(scores, positions, now)
+                alive = alive & (protected | self._mattered(scores, now))
         return visible, scores, alive
 
     def _keep_alive_only(self, columns: Mapping[str, Tensor], alive: Tensor) -> None:
