@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -54,6 +55,8 @@ def _problem(failure: Any, path: str, command: Any) -> str:
     if subs and text.startswith("No such command"):
         word = text.split("'")[1]
         return f"unknown command '{word}'{_near(word, subs)}"
+    if extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", text, re.DOTALL):
+        return f"{path} has no place for '{extra[1]}'; quote what holds blanks"
     return _sentence(text)
 
 

@@ -94,7 +94,14 @@ def test_success_is_zero() -> None:
         ("search --mem", "option '--mem' requires an argument; see kvplan search --help"),
         ("search --mem 4% --trials x", "--trials x: must be a valid integer; see kvplan search --help"),
         ("bench --policy p --batch 0", "--batch 0: must be greater than or equal to 1; see kvplan bench --help"),
-        ("policy bytes a b", "got unexpected extra argument(s) (b); see kvplan policy bytes --help"),
+        (
+            "policy bytes a b",
+            "kvplan policy bytes has no place for 'b'; quote what holds blanks; see kvplan policy bytes --help",
+        ),
+        (
+            "run --policy p where is it",
+            "kvplan run has no place for 'is it'; quote what holds blanks; see kvplan run --help",
+        ),
         ("doctor --json=1", "option '--json' does not take a value; see kvplan doctor --help"),
     ],
 )
