@@ -178,6 +178,7 @@ def kill_all(root: Path, kills: int, draw: random.Random, seed: int) -> None:
         if (found := job.outcome(folder)) != wanted[name]:
             shown = f"{str(found)[:1500]}\n\ninstead of\n\n{str(wanted[name])[:1500]}"
             raise SystemExit(f"kvplan {name}, killed (seed {seed}, kill {done}), then run again, left\n\n{shown}")
+        print(f"{done}/{kills} kills (seed {seed})", flush=True)
     told = f"{done} kills (seed {seed}; {ended} came too late): every file whole, every rerun as unbroken"
     print(f"{told}; {left} hidden temporary files left")
 
