@@ -57,7 +57,7 @@ class Trials:
         ids, valid = pad([e.prompt_ids for e in rows], left=True)
         self.continuation, _ = pad([e.continuation_ids for e in rows], left=False)
         self.prompt: PromptCapture = capture(model, self.full, spec, ids, valid)
-        self.prompt.reused = True
+        self.prompt.has_room = lambda size: True
         width = self.continuation.shape[1] - 1
         self.positions = valid.sum(-1, keepdim=True) + torch.arange(width)
         self.reference = self._log_probabilities(self.apart_logits(self.full))

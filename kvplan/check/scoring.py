@@ -216,7 +216,7 @@ class Scorer:
         continuation, _ = pad([e.continuation_ids for e in examples], left=False, device=device)
         decoder = self._decoder if self._sharing else None
         prompt = capture(self.model, self._full, self.spec, ids, valid, self._kept, decoder)
-        prompt.reused = self._keep
+        prompt.has_room = self._has_room
         batch = _Batch(indices, ids, valid, {prompt.shares: prompt}, continuation, torch.empty(0), {})
         with attach(self.model, self._full, self.spec) as runtime, torch.no_grad():
             with recorded(self._decoder and self._decoder[:-1], self._kept) as batch.outputs:
@@ -228,6 +228,9 @@ class Scorer:
 
     def _kept(self, tensor: Tensor) -> Tensor:
         return self.store.keep(tensor) if self._keep else tensor
+
+    def _has_room(self, size: int) -> bool:
+        return self._keep and self.store.has_room(size)
 
     def _captured(self, policy: Policy, batch: _Batch) -> PromptCapture:
         """The batch's prompt with the same layers shared, captured from the first layer on that no other has alike."""
@@ -244,7 +247,7 @@ class Scorer:
             )  # fmt: skip
             # Layers before the first that shares are the same whatever is shared: one copy is enough.
             unshared = next(i for i, source in enumerate(shares) if source is not None)
-            made.reused = self._keep
+            made.has_room = self._has_room
             made.layers[:unshared] = batch.prompts[self._unshared].layers[:unshared]
             batch.prompts[shares] = made
         return batch.prompts[shares]

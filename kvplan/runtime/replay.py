@@ -34,6 +34,10 @@ def as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def nothing_more(size: int) -> bool:
+    return False
+
+
 @dataclass
 class LayerCapture:
     """One layer's prompt: q [B, Hq, T, D], keys and values [B, Hkv, T, D], and what policies asked of them.
@@ -80,7 +84,8 @@ class PromptCapture:
         shares: The source of each layer that shares, else None.
         outputs: What each decoder layer handed on, where that was recorded.
         keep: Where statistics go.
-        reused: Many policies will be filled from it: what encodes each vector alone then encodes the whole prompt once.
+        has_room: Whether so many bytes more may be kept for policies to come: then what encodes each vector alone
+            encodes the whole prompt once.
     """
 
     layers: list[LayerCapture]
@@ -89,7 +94,7 @@ class PromptCapture:
     shares: tuple[int | None, ...] = ()
     outputs: dict[int, Output] = field(default_factory=dict)
     keep: Keep = as_it_is
-    reused: bool = False
+    has_room: Callable[[int], bool] = nothing_more
 
     def stats(self, index: int, layer: PolicyLayer) -> PromptStats:
         """What a layer's policy asks of the prompt, computed when first asked for and then kept."""
@@ -102,14 +107,20 @@ class PromptCapture:
             found = layer.observe_prompt(q, keys, values, valid, captured.args)
             captured.stats[asked] = _stats(found, self.keep)
         found = _stats(captured.stats[asked], lambda x: x.to(captured.device))
-        return replace(found, codes=self._codes(captured, layer)) if self.reused else found
+        return replace(found, codes=self._codes(captured, layer))
 
     def _codes(self, captured: LayerCapture, layer: PolicyLayer) -> dict[str, Tensor]:
-        """The whole prompt as the layer's codecs encode it, by column; row by row, to need little memory at a time."""
+        """The whole prompt as the layer's codecs encode it, by column, where there is room to keep that.
+
+        Row by row, to need little memory at a time.
+        """
         found = {}
         for role, codec in layer.encoded_alone.items():
             if (role, codec) not in captured.codes:
-                whole = (captured.keys if role == "keys" else captured.values).to(captured.device)
+                whole = captured.keys if role == "keys" else captured.values
+                if not self.has_room(whole.numel() * whole.element_size()):
+                    continue
+                whole = whole.to(captured.device)
                 rows = [codec.encode(row) for row in whole.split(1)]
                 captured.codes[role, codec] = {
                     name: self.keep(torch.cat([row[name] for row in rows])) for name in rows[0]

@@ -31,6 +31,10 @@ class Store:
         self._files = 0
         self.file_bytes = 0
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes more stay in memory."""
+        return size <= self._left
+
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or a copy on the CPU whose bytes are in a file.
 

@@ -140,13 +140,13 @@ def test_chunked_scores_are_those_of_each_prompt_alone(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reused", [False, True])
-def test_a_replayed_cache_is_the_real_one_bit_for_bit(llama: Any, kind: str, reused: bool) -> None:
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_replayed_cache_is_the_real_one_bit_for_bit(llama: Any, kind: str, encoded: bool) -> None:
     inputs, policy, spec = prompts(LENGTHS), policy_of(kind), spec_of(llama)
     valid = inputs["attention_mask"].bool()
     everything = Policy(layers=(LayerPolicy(slots=FULL),) * 4)
     prompt = capture(llama, everything, spec, inputs["input_ids"], valid)
-    prompt.reused = reused
+    prompt.has_room = lambda size: encoded
     with attach(llama, policy) as runtime, torch.no_grad():
         replayed, real = replay(runtime, prompt), runtime.new_cache()
         at = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)

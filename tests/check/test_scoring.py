@@ -18,6 +18,7 @@ from families import model, prompts
 from kvplan.calibrate.examples import Example
 from kvplan.check.scoring import Scorer
 from kvplan.methods.channels.think import ThinK
+from kvplan.methods.codecs.int8 import Int8
 from kvplan.methods.evictors import evictors
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots
 from kvplan.runtime.attach import attach, spec_of
@@ -111,6 +112,27 @@ def test_sharing_is_captured_once_from_the_first_layer_that_shares_otherwise(
         firsts.clear()
         for i, example in enumerate(items):
             assert scores.kl[i] == pytest.approx(by_hand(made, Policy(layers=layers), example)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "encoded"), [(0, 3), (2**40, 1)])
+def test_prompts_are_encoded_once_where_their_codes_find_room(
+    monkeypatch: pytest.MonkeyPatch, memory: int, encoded: int
+) -> None:
+    made, items, tokens = model("llama"), examples((40,)), []
+    encode = Int8.encode
+
+    def noting(self: Int8, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        tokens.append(x.shape[-2])
+        return encode(self, x)
+
+    scorer = Scorer(made, spec_of(made), items, replay_memory=memory)
+    scorer.prepare()
+    held = scorer.store.file_bytes
+    monkeypatch.setattr(Int8, "encode", noting)
+    full = Policy(layers=(LayerPolicy(key_codec=Int8()),) * 4)
+    scores = [scorer.score(full) for _ in range(3)]
+    assert tokens.count(40) == 4 * encoded and scores[0] == scores[1] == scores[2]
+    assert scorer.store.file_bytes == held
 
 
 def test_few_choices_of_shared_layers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
