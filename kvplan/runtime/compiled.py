@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kvplan.runtime.attach import Runtime
+from kvplan.runtime.prompt import row_lengths
 from kvplan.runtime.replay import prefill
-from kvplan.runtime.static import StaticCache, decode
+from kvplan.runtime.static import StaticCache, common_slots, decode
 
 
 def generate_compiled(
@@ -22,6 +23,7 @@ def generate_compiled(
 
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     cache = runtime.new_cache()
+    common_slots(cache, row_lengths(valid), max_new_tokens)  # what cannot be is said before the prompt is read
     with torch.no_grad():
         first = choose(prefill(runtime, cache, ids, valid))
     ends = runtime.model.generation_config.eos_token_id

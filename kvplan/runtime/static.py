@@ -7,7 +7,7 @@ waits for the host. It does what the step of `BudgetedLayer` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,6 @@ from kvplan.runtime.cache import PolicyCache
 from kvplan.runtime.kernels.dense import AttentionArgs, attention_probs
 from kvplan.runtime.layers.base import PolicyLayer
 from kvplan.runtime.layers.budgeted import BudgetedLayer
-from kvplan.runtime.layers.shared import SharedLayer
 
 IMPLEMENTATION = "kvplan_static"
 WARM_UP_STEPS = 3
@@ -156,6 +155,7 @@ class StaticCache(Cache):
 
     def __init__(self, cache: PolicyCache, max_new_tokens: int) -> None:
         prompts = cache.prompt_lengths
+        slots = common_slots(cache, prompts, max_new_tokens)
         device = next(layer.pool.device for layer in cache.layers if getattr(layer, "pool", None) is not None)
         self.lengths = torch.tensor(prompts, device=device)
         fixed = torch.tensor(prompts, device=device)
@@ -165,8 +165,7 @@ class StaticCache(Cache):
             if source != index:
                 layers.append(_Reader(layers[source]))
             else:
-                slots = _common_slots(index, layer, max_new_tokens)
-                layers.append(StaticLayer(layer, slots, self.lengths, fixed))
+                layers.append(StaticLayer(layer, slots[index], self.lengths, fixed))
                 layer.pool = None  # one copy is enough
         super().__init__(layers=layers)
         planned = plan(cache.policy, cache.spec, prompts, max_new_tokens).total
@@ -183,8 +182,22 @@ class StaticCache(Cache):
         return False
 
 
-def _common_slots(index: int, layer: PolicyLayer, max_new_tokens: int) -> int:
-    plain = type(layer) is BudgetedLayer and not isinstance(layer, SharedLayer)
+def common_slots(cache: PolicyCache, prompts: Sequence[int], max_new_tokens: int) -> dict[int, int]:
+    """Slots of every row in each layer that stores its own; told before the prompt is read, too.
+
+    Args:
+        cache: Empty, or after its prompt.
+        prompts: Prompt tokens of each row.
+
+    Raises:
+        RuntimeLimitError: a layer's storage cannot be of one fixed shape.
+    """
+    layers = enumerate(cache.layers)
+    return {i: _layer_slots(i, x, prompts, max_new_tokens) for i, x in layers if cache.policy.source(i) == i}
+
+
+def _layer_slots(index: int, layer: PolicyLayer, prompts: Sequence[int], max_new_tokens: int) -> int:
+    plain = type(layer) is BudgetedLayer
     if not plain or layer.policy.merger is not None or {layer.key_codec.name, layer.value_codec.name} != {"dense"}:
         raise RuntimeLimitError(
             f"layer {index}: a compiled decode step needs plain slots; codecs, mergers, pruned channels and budgets "
@@ -192,7 +205,7 @@ def _common_slots(index: int, layer: PolicyLayer, max_new_tokens: int) -> int:
         )
     wanted = {
         n + max_new_tokens if cap is None else min(n + max_new_tokens, cap)
-        for n, cap in zip(layer.prompt_lengths, layer.capacities, strict=True)
+        for n, cap in zip(prompts, layer.capacities_for(prompts), strict=True)
     }
     if len(wanted) > 1:
         raise RuntimeLimitError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import ARGS, D, append, prefill
 from families import model, prompts
 from torch import Tensor
 
@@ -18,13 +19,11 @@ from kvplan.policy.memory import MIN_GROWTH_TOKENS, plan
 from kvplan.policy.rules import check_policy
 from kvplan.policy.schema import LayerPolicy, Policy, Slots
 from kvplan.runtime.cache import build_layer
-from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.layers.per_head import PerHeadLayer
 
-HQ, HKV, D = 4, 2, 8
+HQ, HKV = 4, 2
 SPEC = LayerSpec(HKV, D, D)
 MODEL = ModelSpec((SPEC,), HQ, "float64")
-ARGS = AttentionArgs(scaling=D**-0.5)
 TOKEN_BYTES = 2 * D * 8 + 4 + 4  # key, value, position, score
 
 
@@ -97,16 +96,6 @@ def built(policy: LayerPolicy) -> PerHeadLayer:
     whole = Policy(layers=(policy,))
     check_policy(whole)
     return build_layer(whole, MODEL, 0)
-
-
-def prefill(made: PerHeadLayer, q: Tensor, k: Tensor, v: Tensor, T: int, valid: Tensor | None = None) -> None:
-    valid = torch.ones(k.shape[0], T, dtype=torch.bool) if valid is None else valid
-    made.store_prompt(q[:, :, :T], k[:, :, :T], v[:, :, :T], valid, ARGS)
-
-
-def append(made: PerHeadLayer, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int | None = None) -> Tensor:
-    now = slice(start, start + 1 if stop is None else stop)
-    return made.append(q[:, :, now], k[:, :, now], v[:, :, now], ARGS)[0]
 
 
 def held_tokens(made: PerHeadLayer, head: int) -> list[int]:

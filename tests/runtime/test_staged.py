@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import ARGS, D, append, prefill
 from oracle import ListCache
 from torch import Tensor
 
@@ -22,12 +23,10 @@ from kvplan.policy.layout import layout
 from kvplan.policy.memory import allocated_slots, layout_bytes
 from kvplan.policy.rules import check_policy
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots
-from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.layers.budgeted import BudgetedLayer
 from kvplan.runtime.layers.staged import StagedLayer
 
-HQ, HKV, D = 4, 2, 8
-ARGS = AttentionArgs(scaling=D**-0.5)
+HQ, HKV = 4, 2
 SPEC = LayerSpec(HKV, D, D)
 SINKS, RECENT, UNIT, RING = 2, 4, 4, 8
 Decode = Callable[[Tensor, int], Tensor]
@@ -130,16 +129,6 @@ def layer_of(name: str, slots: Slots, **fields: Any) -> StagedLayer:
     )
     check_policy(Policy(layers=(policy,)))
     return StagedLayer(policy, SPEC)
-
-
-def prefill(made: BudgetedLayer, q: Tensor, k: Tensor, v: Tensor, T: int, valid: Tensor | None = None) -> None:
-    valid = torch.ones(k.shape[0], T, dtype=torch.bool) if valid is None else valid
-    made.store_prompt(q[:, :, :T], k[:, :, :T], v[:, :, :T], valid, ARGS)
-
-
-def append(made: BudgetedLayer, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int | None = None) -> Tensor:
-    now = slice(start, start + 1 if stop is None else stop)
-    return made.append(q[:, :, now], k[:, :, now], v[:, :, now], ARGS)[0]
 
 
 def through(codec: Any) -> Decode:

@@ -64,15 +64,25 @@ def test_a_layer_that_shares_reads_the_fixed_slots() -> None:
     assert torch.equal(plain, compiled)
 
 
-def test_what_has_no_fixed_shape_is_refused_by_name() -> None:
+ENCODED = LayerPolicy(slots=Slots(tokens=24), key_codec=codecs["int8"](), value_codec=codecs["int8"]())
+
+
+@pytest.mark.parametrize(("refused", "message"), [
+    (policy("streaming", Slots(share=5000)), "layer 0: the rows of this batch hold 11 to 15 slots"),
+    (Policy(layers=(ENCODED,) * 4), "layer 0: a compiled decode step needs plain slots"),
+])  # fmt: skip
+def test_what_has_no_fixed_shape_is_refused_before_the_prompt_is_read(
+    refused: Policy, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = model("llama")
-    with kvplan.attach(made, policy("streaming", Slots(share=5000))) as runtime:
-        with pytest.raises(RuntimeLimitError, match="layer 0: the rows of this batch hold 11 to 15 slots"):
+
+    def unread(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the prompt was read")
+
+    with kvplan.attach(made, refused) as runtime:
+        monkeypatch.setattr(type(made), "forward", unread)
+        with pytest.raises(RuntimeLimitError, match=message):
             runtime.generate(**prompts((30, 22)), max_new_tokens=4, compiled=True)
-    encoded = LayerPolicy(slots=Slots(tokens=24), key_codec=codecs["int8"](), value_codec=codecs["int8"]())
-    with kvplan.attach(made, Policy(layers=(encoded,) * 4)) as runtime:
-        with pytest.raises(RuntimeLimitError, match="layer 0: a compiled decode step needs plain slots"):
-            runtime.generate(**prompts((30,)), max_new_tokens=4, compiled=True)
 
 
 def test_bytes_stay_within_the_plan() -> None:

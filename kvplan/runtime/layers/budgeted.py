@@ -157,7 +157,7 @@ class BudgetedLayer(PolicyLayer):
     def _standing(self) -> Standing:
         return standing(tuple(self._prompt_tokens), tuple(self.capacities), self.sinks, self._appended)
 
-    def _capacities(self, lengths: Sequence[int]) -> list[int | None]:
+    def capacities_for(self, lengths: Sequence[int]) -> list[int | None]:
         """Slots that each row may ever hold; a native window is its own capacity."""
         if self.spec.window is not None:
             return [self.spec.window] * len(lengths)
@@ -196,7 +196,7 @@ class BudgetedLayer(PolicyLayer):
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
         """Build the pool from a left-padded prompt (without scores: keep the latest by time)."""
         self._prompt_tokens, self._appended = lengths, 0
-        self.capacities = self._capacities(lengths)
+        self.capacities = self.capacities_for(lengths)
         self.pool = Pool(self._layout(keys).body, self._sizes(0), keys.device)
         T = keys.shape[2]
         for b, length in enumerate(lengths):
@@ -537,7 +537,7 @@ class BudgetedLayer(PolicyLayer):
     ) -> None:
         """A new pool of what is worth keeping among slots and chunk."""
         assert self.pool is not None
-        self._prompt_tokens, self.capacities = lengths, self._capacities(lengths)
+        self._prompt_tokens, self.capacities = lengths, self.capacities_for(lengths)
         pool = Pool(self.pool.columns, self._sizes(0), self.pool.device)
         for b in range(len(lengths)):
             there = present[b].nonzero()[:, 0]

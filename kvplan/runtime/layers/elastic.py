@@ -56,7 +56,7 @@ class ElasticLayer(BudgetedLayer):
 
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
         self._prompt_tokens, self._appended = lengths, 0
-        self.capacities = self._capacities(lengths)
+        self.capacities = self.capacities_for(lengths)
         T, orders = keys.shape[2], []
         for b, length in enumerate(lengths):
             if stats.scores is None:  # nothing is evicted from a full layer

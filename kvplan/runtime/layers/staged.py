@@ -109,7 +109,7 @@ class StagedLayer(BudgetedLayer):
 
     def fill(self, keys: Tensor, values: Tensor, lengths: list[int], stats: PromptStats) -> None:
         self._prompt_tokens, self._appended = lengths, 0
-        self.capacities = self._capacities(lengths)
+        self.capacities = self.capacities_for(lengths)
         self._stored = self._layout(keys)
         self.channels = None if stats.channels is None else stats.channels.to(torch.int16)
         bodies, recents = self._parts(0)
