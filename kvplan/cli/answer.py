@@ -28,7 +28,7 @@ def answer_from(
     from kvplan.cli.console import note, out, stages
     from kvplan.cli.next_steps import commands, tell
     from kvplan.cli.prompt_warnings import warn_of_few
-    from kvplan.cli.study_inputs import load_inputs
+    from kvplan.cli.study_inputs import found_on, load_inputs
     from kvplan.files import check_writable
     from kvplan.policy.serialize import save_policy
     from kvplan.report.policy import picture
@@ -40,13 +40,13 @@ def answer_from(
     with open_storage(address, note, create=False) as opened:
         shared = SharedStudy.join(opened, name)
         inputs = load_inputs(shared, model, data, device, trust_remote_code)
+        asked = shared.definition
+        named = model or asked.inputs["model"]
 
-        from kvplan import __version__
-        from kvplan.calibrate.collect import prompt_hash
         from kvplan.check.scoring import Scorer
         from kvplan.search.answer import answer
         from kvplan.search.confirm import hold_out
-        from kvplan.search.seen import KEY, packed, unpacked
+        from kvplan.search.seen import unpacked
 
         tasks = [example.task for example in inputs.examples]
         confirm_prompts = hold_out(tasks)[1]
@@ -61,18 +61,15 @@ def answer_from(
                 scorer.score,
                 confirm_prompts,
                 tasks=tasks,
-                seed=shared.definition.seed,
+                seed=asked.seed,
                 on_confirm=lambda done, total: report("confirming", done, total),
-                provenance={
-                    "kvplan": __version__,
-                    "profile": shared.definition.profile.data_fingerprint,
-                    "data": inputs.known["data"],
-                    "study": shared.name,
-                    "model": model or shared.definition.inputs["model"] or "bundled",
-                    KEY: packed(
-                        [*unpacked(shared.definition.profile.prompt_hashes), *map(prompt_hash, inputs.examples)]
-                    ),
-                },
+                provenance=found_on(
+                    inputs,
+                    asked.profile.data_fingerprint,
+                    unpacked(asked.profile.prompt_hashes),
+                    named,
+                    {"study": shared.name},
+                ),
             )
     result = found.result
     save_policy(result.policy, output)
@@ -85,6 +82,5 @@ def answer_from(
         out.print(summary(result), soft_wrap=True)
         out.print(distance(found), soft_wrap=True)
     note(f"wrote {output}")
-    inputs_data = bool(data or shared.definition.inputs["data"])
-    named = model or shared.definition.inputs["model"]
-    tell(commands(output, model=named, data=inputs_data, device=device, trust_remote_code=trust_remote_code))
+    has_data = bool(data or asked.inputs["data"])
+    tell(commands(output, model=named, data=has_data, device=device, trust_remote_code=trust_remote_code))

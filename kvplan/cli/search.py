@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,14 +12,10 @@ from kvplan.cli.console import MAX_SEED, MAX_TOKENS
 from kvplan.cli.options import AsJson, Column, Device, DType, MaxTokens, ReplayMemory, Split, Timeout, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from kvplan.check.results import Cost
-    from kvplan.check.step_costs import StepCosts
+    from kvplan.cli.front import TimedFront
     from kvplan.model_spec import ModelSpec
     from kvplan.policy.schema import Target
     from kvplan.search.confirm import SearchResult
-
-COST_TOKENS, COST_ROUNDS = 24, 3
-STEP_TOKENS, STEP_ROUNDS = 12, 2
 
 
 def command(
@@ -121,8 +117,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Search the best policy under a memory target, and keep the best so far on disk."""
-    from kvplan.errors import DataError, ProfileError
-    from kvplan.files import check_writable, sole_writer, write_text
+    from kvplan.files import check_writable, sole_writer
     from kvplan.units import parse_bytes
 
     target = parse_target(mem, context, batch)
@@ -135,6 +130,7 @@ def command(
     address = storage or output.with_name(f"{output.stem}.{mem.strip().replace('%', 'pct')}.journal")
 
     from kvplan.calibrate.profile import Profile
+    from kvplan.cli.front import front_path, front_shares, time_and_keep
     from kvplan.search.budget import Protection
     from kvplan.search.compile import budget_for
     from kvplan.search.decisions import decisions, names
@@ -160,50 +156,21 @@ def command(
     compiled(target)
     shares = front_shares(target, compiled) if pareto else ()
 
-    import json
-
-    from kvplan import __version__
-    from kvplan.calibrate.collect import prompt_hash
-    from kvplan.calibrate.prompts import data_fingerprint, load_examples
     from kvplan.check.scoring import Scorer
-    from kvplan.cli.console import err, note, out, stages, warn
+    from kvplan.cli.console import note, stages
     from kvplan.cli.next_steps import commands, tell
     from kvplan.cli.prompt_warnings import warn_of_calibration, warn_of_few, warn_of_twins
-    from kvplan.demo.data import calib_data_path
-    from kvplan.loading import load_model
+    from kvplan.cli.study_inputs import found_on, new_inputs
+    from kvplan.cli.watch import Watch
     from kvplan.policy.memory import plan
-    from kvplan.policy.schema import Policy
-    from kvplan.policy.serialize import save_policy
-    from kvplan.report.front import front_data, front_notes, front_table, predictions
-    from kvplan.report.policy import picture
-    from kvplan.report.search import as_data, live_table, name_notes, summary, trial_line
-    from kvplan.report.tables import wrapped
-    from kvplan.search.confirm import TrialRow, hold_out
-    from kvplan.search.seen import KEY, packed
+    from kvplan.search.confirm import hold_out
     from kvplan.search.storage import where
     from kvplan.search.study import search
 
-    network, tokenizer, spec = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if spec.fingerprint != measured.spec.fingerprint:
-        raise ProfileError(
-            f"{profile}: made for another model ({measured.spec.fingerprint}; this one is {spec.fingerprint}); "
-            "give its --model, or calibrate this one"
-        )
-    if model is not None and not data:
-        warn("no --data: using the prompts of the bundled model, whose world this model may not know")
-    examples = load_examples(
-        data or [calib_data_path("search")],
-        tokenizer,
-        max_prompts=max_prompts,
-        max_tokens=max_tokens,
-        context_limit=spec.max_context_tokens,
-        column=column,
-        split=split,
-        seed=seed,
-    )
-    examples = [example for example in examples if example.continuation_ids]
-    if len(examples) < 3:
-        raise DataError(f"{len(examples)} prompts have a continuation; a search needs at least 3")
+    told = {"model": model, "data": data, "max_prompts": max_prompts, "max_tokens": max_tokens, "column": column,
+            "split": split}  # fmt: skip
+    inputs = new_inputs(told, seed, dtype, device, trust_remote_code, made_for=(profile, measured.spec))
+    spec, examples = inputs.spec, inputs.examples
     tasks = [example.task for example in examples]
     search_prompts, confirm_prompts = hold_out(tasks)
     for part in (search_prompts, confirm_prompts):
@@ -211,39 +178,12 @@ def command(
     warn_of_calibration(examples, measured.statistics.prompt_hashes)
     warn_of_twins(examples, search_prompts, confirm_prompts)
     warn_of_few(len(confirm_prompts))
-    scorer = Scorer(network, spec, examples, sharing="sharing" in chosen, replay_memory=replay_bytes)
-    fingerprint = data_fingerprint(examples)
-    saved = False
-
-    def on_best(policy: Policy) -> None:
-        nonlocal saved
-        save_policy(policy, output)
-        saved = True
-
+    scorer = Scorer(inputs.network, spec, examples, sharing="sharing" in chosen, replay_memory=replay_bytes)
+    watch: Watch | None = None
     try:
         with sole_writer(output, str(address)), stages() as report:
-
-            def prepare(prompts: Sequence[int]) -> None:
-                stage = "prefilling prompts"
-                report(stage, 0, len(prompts))
-                scorer.prepare(prompts, lambda done, total: report(stage, done, total))
-                if prompts == search_prompts:
-                    report("searching", 0, trials)
-
-            def held(row: TrialRow) -> float:
-                return plan(row.policy, spec, [planned.context_tokens]).ratio
-
-            rows: list[TrialRow] = []
-
-            def on_trial(row: TrialRow, best: TrialRow, count: int) -> None:
-                if not rows:
-                    for line in name_notes([row]):
-                        note(line)
-                rows.append(row)
-                if not err.is_terminal:
-                    note(trial_line(row, held(row), row is best))
-                report("searching", count, trials, below=live_table(rows, held) if err.is_terminal else None)
-
+            watch = Watch(report, output, trials, lambda policy: plan(policy, spec, [planned.context_tokens]).ratio,
+                          scorer.prepare, search_prompts)  # fmt: skip
             result = search(
                 measured,
                 spec,
@@ -257,11 +197,6 @@ def command(
                 storage=address,
                 study=study,
                 stale_after=stale_after,
-                say=note,
-                on_best=on_best,
-                on_trial=on_trial,
-                on_confirm=lambda done, total: report("confirming", done, total),
-                prepare=prepare,
                 evictors=evictors,
                 codecs=codec,
                 groups=together,
@@ -270,106 +205,56 @@ def command(
                 sampler=sampler,
                 shares=shares,
                 protection=protection,
-                identity={"data": fingerprint, "dtype": spec.dtype, "kvplan": __version__},
-                inputs={
-                    "model": model,
-                    "data": data,
-                    "max_prompts": max_prompts,
-                    "max_tokens": max_tokens,
-                    "column": column,
-                    "split": split,
-                },
-                provenance={
-                    "kvplan": __version__,
-                    "profile": measured.data_fingerprint,
-                    "data": fingerprint,
-                    "seed": seed,
-                    "model": model or "bundled",
-                    KEY: packed([*measured.statistics.prompt_hashes, *map(prompt_hash, examples)]),
-                },
+                identity=inputs.known,
+                inputs=told,
+                provenance=found_on(
+                    inputs, measured.data_fingerprint, measured.statistics.prompt_hashes, model, {"seed": seed}
+                ),
+                **watch.callbacks(),
             )
     except KeyboardInterrupt:
-        if saved:
+        if watch is not None and watch.saved:
             note(f"the best policy so far is in {output}; the same command goes on from {where(address)}")
         raise
     if result.resumed:
         note(f"{result.resumed} trials are from earlier runs ({where(address)})")
     if result.by_others:
         note(f"trials run by other processes: {result.by_others}")
-    found: dict[str, object] = as_data(result)
+    front = None
     if pareto:
-        timed = examples[confirm_prompts[0]].prompt_ids
-        steps = front_steps(network, spec, timed, result)
-        costs = front_costs(network, spec, timed, result)
-        front = front_data(result, spec, costs, seed, steps)
-        write_text(front_path(output), json.dumps(front, indent=1, allow_nan=False) + "\n")
-        found["front"] = front["points"]
-        if steps is not None:
-            found["predicted_speedups"] = predictions(result, spec, steps)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2, allow_nan=False))
-    else:
-        out.print(picture(result.policy, result.context_tokens, result.bytes.ratio), soft_wrap=True)
-        out.print(summary(result), soft_wrap=True)
-        if pareto:
-            out.print(front_table(result, spec, costs, steps), soft_wrap=True)
-            for line in front_notes(costs, steps):
-                out.print(wrapped(line), soft_wrap=True)
+        prompt = examples[confirm_prompts[0]].prompt_ids
+        front = time_and_keep(front_path(output), inputs.network, spec, prompt, result, seed)
+    print_answer(result, spec, front, as_json)
     if pareto:
         note(f"wrote {front_path(output)}: {len(result.front)} plans, none beaten in both bytes and KL")
     note(f"wrote {output} ({where(address)} keeps the trials)")
     tell(commands(output, model=model, data=bool(data), device=device, trust_remote_code=trust_remote_code))
 
 
-def front_path(output: Path) -> Path:
-    """Where --pareto keeps its front: beside the policy."""
-    return output.with_name(f"{output.stem}.front.json")
+def print_answer(result: SearchResult, spec: ModelSpec, front: TimedFront | None, as_json: bool) -> None:
+    """The winner, what it was chosen among, and the front."""
+    import json
 
+    from kvplan.cli.console import out
+    from kvplan.report.front import front_notes, front_table
+    from kvplan.report.policy import picture
+    from kvplan.report.search import as_data, summary
+    from kvplan.report.tables import wrapped
 
-def front_shares(target: Target, compiled: Callable[[Target], object]) -> tuple[int, ...]:
-    """The memory targets of --pareto.
-
-    Raises:
-        TargetError: the target is no share.
-    """
-    from kvplan.errors import TargetError
-    from kvplan.search.front import feasible_shares
-
-    if target.share is None:
-        raise TargetError("--pareto needs a target in percent, like --mem 80%")
-    return feasible_shares(target.share, compiled)
-
-
-def front_costs(network: object, spec: ModelSpec, prompt: Sequence[int], result: SearchResult) -> dict[int, Cost]:
-    """Decode speed of the front's plans, measured side by side on one prompt; by trial."""
-    from kvplan.check.cost import costs
-    from kvplan.cli.console import progress
-
-    policies = {str(f.trial.number): f.trial.policy for f in result.front}
-    steps = len(policies) + (len(policies) + 1) * (COST_ROUNDS + 1)
-    tokens = min(COST_TOKENS, room_after(prompt, spec))
-    with progress("timing the front", steps) as advance:
-        found = costs(network, spec, policies, prompt, new_tokens=tokens, repeats=COST_ROUNDS, progress=advance)
-    return {int(number): cost for number, cost in found.items()}
-
-
-def front_steps(network: object, spec: ModelSpec, prompt: Sequence[int], result: SearchResult) -> StepCosts | None:
-    """What predicts the decode speed of all trials, from what their layers do; None after a prompt without room."""
-    from kvplan.check.step_probes import probes_for, step_costs
-    from kvplan.cli.console import progress
-
-    tokens = min(STEP_TOKENS, room_after(prompt, spec))
-    if not tokens:
-        return None
-    probes = probes_for([row.policy for row in (*result.trials, *(f.trial for f in result.front))], spec, len(prompt))
-    steps = (sum(len(probe.policies) for probe in probes) + 1) * (STEP_ROUNDS + 1)
-    with progress("timing steps", steps) as advance:
-        return step_costs(network, spec, probes, prompt, new_tokens=tokens, repeats=STEP_ROUNDS, progress=advance)
-
-
-def room_after(prompt: Sequence[int], spec: ModelSpec) -> int:
-    """Tokens that the model has positions for after a prompt."""
-    return max(0, (spec.max_context_tokens or MAX_TOKENS) - len(prompt))
+    if as_json:
+        found: dict[str, object] = as_data(result)
+        if front is not None:
+            found["front"] = front.points
+            if front.predicted is not None:
+                found["predicted_speedups"] = front.predicted
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        return
+    out.print(picture(result.policy, result.context_tokens, result.bytes.ratio), soft_wrap=True)
+    out.print(summary(result), soft_wrap=True)
+    if front is not None:
+        out.print(front_table(result, spec, front.costs, front.steps), soft_wrap=True)
+        for line in front_notes(front.costs, front.steps):
+            out.print(wrapped(line), soft_wrap=True)
 
 
 def parse_target(mem: str, context: int | None, batch: int | None) -> Target:
