@@ -45,6 +45,7 @@ def search(
     stale_after: float = STALE_AFTER,
     on_best: Callable[[Policy], None] = lambda policy: None,
     on_trial: Callable[[TrialRow, TrialRow, int], None] = lambda row, best, done: None,
+    on_resume: Callable[[Sequence[TrialRow]], None] = lambda rows: None,
     on_confirm: Callable[[int, int], None] = lambda done, total: None,
     prepare: Callable[[Sequence[int]], None] = lambda prompts: None,
     say: Callable[[str], None] = lambda line: None,
@@ -82,6 +83,7 @@ def search(
         stale_after: Seconds without a sign of life after which a trial of another host is tried again.
         on_best: Called with every policy that is better than all before, with its scores stated, and with the winner.
         on_trial: Called after each trial with its row, the best row so far and the number of trials so far.
+        on_resume: Called once before all trials with the rows of earlier runs, where there are some.
         on_confirm: Called with the candidates confirmed so far, from 0 on, and their number.
         prepare: Called with prompts right before policies are scored on them for the first time.
         say: Told what a person may want to know: dead workers, lost connections.
@@ -145,6 +147,8 @@ def search(
         shared = SharedStudy.create(opened, study, definition, known, trials, run.starts)
         report([], run.take_over(shared.ledger()))
         resumed, already_done = len(run.rows), run.num_done
+        if run.rows:
+            on_resume(tuple(run.rows))
         if run.num_done < trials:
             prepare(search_prompts)
         run.work(shared, trials, deadline, report, say)

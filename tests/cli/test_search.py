@@ -4,6 +4,8 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +25,7 @@ from kvplan.errors import TargetError
 from kvplan.model_spec import ModelSpec
 from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import load_policy
-from kvplan.report.search import live_table, name
+from kvplan.report.search import LIVE_ROWS, live_table, name
 from kvplan.search.compile import Params
 from kvplan.search.confirm import SEARCHED, TrialRow
 from kvplan.stats import PromptScores
@@ -218,6 +220,31 @@ def test_an_interrupt_in_any_stage_is_one_word(
     assert captured.out == "" and talk[-1] == "error: interrupted"
     assert [line for line in captured.err.splitlines()[-2:-1] if "best policy" in line] == (kept if saved else [])
     assert (tmp_path / "policy.yaml").exists() == saved
+
+
+def test_the_table_of_a_resumed_search_has_the_trials_before(
+    faked: FakeScore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked.fail_at = 4
+    assert kvplan_search("--mem", "40%", "--trials", "6") == 130
+    faked.fail_at = None
+    shown: list[tuple[int, int]] = []
+
+    @contextmanager
+    def stages() -> Iterator[Callable[..., None]]:
+        def report(what: str, done: int, total: int, below: Any = None) -> None:
+            if what == "searching":
+                shown.append((done, below.row_count))
+
+        yield report
+
+    monkeypatch.setattr("kvplan.cli.console.stages", stages)
+    monkeypatch.setattr("kvplan.cli.watch.err", SimpleNamespace(is_terminal=True))
+    capsys.readouterr()
+    assert kvplan_search("--mem", "40%", "--trials", "6") == 0
+    first = shown[0][0]
+    assert first >= 3 and shown == [(done, min(done, LIVE_ROWS)) for done in range(first, 7)]
+    assert f"{first} trials are from earlier runs" in capsys.readouterr().err
 
 
 def test_the_table_tells_the_candidates_apart(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from kvplan.errors import StudyError, TargetError
 from kvplan.policy.schema import Policy, Target
 from kvplan.policy.serialize import load_policy, save_policy
 from kvplan.report.search import summary, trial_line
-from kvplan.search.confirm import SearchResult, hold_out
+from kvplan.search.confirm import SearchResult, TrialRow, hold_out
 from kvplan.search.objective import Judge, Objective
 from kvplan.search.samplers import make_sampler
 from kvplan.search.study import search
@@ -124,9 +124,17 @@ def test_a_killed_search_resumes_and_counts_as_an_unbroken_one(tmp_path: Path) -
         with pytest.raises(KeyboardInterrupt):
             run(FakeScore(fail_at=fail_at), storage=journal)
     score = FakeScore()
-    result = run(score, storage=journal)
+    earlier: list[TrialRow] = []
+    new: list[TrialRow] = []
+    result = run(
+        score,
+        storage=journal,
+        on_resume=earlier.extend,
+        on_trial=lambda row, best, done: new.append(row),
+    )
     assert len(result.trials) == TRIALS
     assert result.resumed >= 7
+    assert (*earlier, *new) == result.trials and len(earlier) == result.resumed
     assert len([1 for _, asked in score.calls if asked == SEARCH]) <= TRIALS - result.resumed
     labels = [row.label for row in result.trials if row.label != "search"]
     assert len(set(labels)) == len(labels) == TRIALS - SEARCHED
