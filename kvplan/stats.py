@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+MIN_PROMPTS = 5  # of a stated interval: a bootstrap over fewer is much too narrow, over one of no width
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -16,6 +18,14 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def bounds(self, prompts: int) -> tuple[float, float] | None:
+        """What may be stated of it: None where it is over too few prompts to say anything."""
+        return (self.low, self.high) if prompts >= MIN_PROMPTS else None
+
+    def stated(self, prompts: int) -> tuple[float, float | None, float | None]:
+        """Mean, low and high; the last two as `bounds` has them."""
+        return (self.mean, *(self.bounds(prompts) or (None, None)))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,13 @@ class Summary:
         return self.kv_bytes / self.full_bytes
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "share": self.share}
+        """Intervals as mean, low and high; the last two are None where there are too few prompts."""
+        told = {**asdict(self), "share": self.share}
+        for name, found in vars(self).items():
+            if isinstance(found, Interval):
+                few = self.scored if name in ("score", "score_change", "recovery") else self.prompts
+                told[name] = dict(zip(("mean", "low", "high"), found.stated(few), strict=True))
+        return told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def answer_from(
 
         tasks = [example.task for example in inputs.examples]
         confirm_prompts = hold_out(tasks)[1]
-        warn_of_few(len(confirm_prompts))
+        warn_of_few(len(confirm_prompts), asked.inputs["max_prompts"])
         scorer = Scorer(inputs.network, inputs.spec, inputs.examples)
         with stages() as report:
             scorer.prepare(confirm_prompts, lambda done, total: report("prefilling prompts", done, total))
@@ -75,7 +75,7 @@ def answer_from(
     save_policy(result.policy, output)
     if as_json:
         gap = found.gap
-        told = None if gap is None else [gap.mean, gap.low, gap.high]
+        told = None if gap is None else gap.stated(len(confirm_prompts))
         typer.echo(json.dumps({**as_data(result), "at_most_off_by": told}, indent=2, allow_nan=False))
     else:
         out.print(picture(result.policy, result.context_tokens, result.bytes.ratio), soft_wrap=True)

@@ -55,10 +55,17 @@ def warn_of_found_on(examples: Sequence[Example], policies: Mapping[str, Policy]
             )
 
 
-def warn_of_few(confirmed: int) -> None:
-    """Of the prompts that the winner is chosen on."""
+def warn_of_few(confirmed: int, max_prompts: int | None) -> None:
+    """Of the prompts that the winner is chosen on.
+
+    Args:
+        max_prompts: The search's --max-prompts.
+    """
+    enough = 3 * MIN_CONFIRMED
     if confirmed < MIN_CONFIRMED:
+        capped = max_prompts is not None and max_prompts < enough
+        remedy = f"search with --max-prompts {enough}" if capped else f"give {enough} prompts or more with --data"
         warn(
             f"only {confirmed} prompts to confirm on (a third of all), so the winner's numbers and intervals mean "
-            f"little; give {3 * MIN_CONFIRMED} prompts or more with --data"
+            f"little; {remedy}"
         )

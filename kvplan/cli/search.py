@@ -177,7 +177,7 @@ def command(
         goal.check([tasks[i] for i in part], [bool(examples[i].answers) for i in part])
     warn_of_calibration(examples, measured.statistics.prompt_hashes)
     warn_of_twins(examples, search_prompts, confirm_prompts)
-    warn_of_few(len(confirm_prompts))
+    warn_of_few(len(confirm_prompts), max_prompts)
     scorer = Scorer(inputs.network, spec, examples, sharing="sharing" in chosen, replay_memory=replay_bytes)
     watch: Watch | None = None
     try:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from kvplan.check.comparison import Row
-from kvplan.report.tables import MIN_PROMPTS, number_table
+from kvplan.report.tables import number_table
+from kvplan.stats import MIN_PROMPTS
 from kvplan.units import format_bytes
 
 HEADERS = ("policy", "KV bytes", "of full", "score", "KL", "top-1", "KL above found")

@@ -23,8 +23,8 @@ from kvplan.check.summary import (
     summaries,
     summarise,
 )
-from kvplan.report.tables import MIN_PROMPTS, nats, number_table
-from kvplan.stats import Interval
+from kvplan.report.tables import nats, number_table
+from kvplan.stats import MIN_PROMPTS, Interval
 from kvplan.units import format_bytes
 
 WIDTH = 80

@@ -89,7 +89,7 @@ def _point(
         "bytes": held.total,
         "full_bytes": held.full,
         "kl": finalist.kl,
-        "kl_95": [finalist.interval.low, finalist.interval.high],
+        "kl_95": finalist.interval.bounds(len(finalist.scores)),
         "top1": finalist.scores.mean_top1,
         "task": finalist.scores.mean_task,
         "tokens_per_second": None if cost is None else cost.tokens_per_second,

@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from kvplan.report.tables import MIN_PROMPTS, few_note, interval
+from kvplan.report.tables import few_note, interval
 from kvplan.search.answer import Answer
 from kvplan.search.compile import KNAPSACK, Params
 from kvplan.search.confirm import NO_TRIAL, SEARCHED, Finalist, SearchResult, TrialRow
-from kvplan.stats import bootstrap
+from kvplan.stats import MIN_PROMPTS, bootstrap
 from kvplan.units import format_bytes
 
 WIDTH = 80
@@ -164,7 +164,7 @@ def as_data(result: SearchResult) -> dict[str, Any]:
         "winner": _finalist(result.winner),
         "finalists": [_finalist(finalist) for finalist in result.finalists],
         "recipe": _finalist(result.recipe) if result.recipe else None,
-        "gain": [result.gain.mean, result.gain.low, result.gain.high] if result.gain else None,
+        "gain": result.gain.stated(len(result.winner.scores)) if result.gain else None,
         "bytes": {"prompt_tokens": result.context_tokens, "planned": result.bytes.total, "full": result.bytes.full},
         "trials": [
             {
@@ -193,7 +193,7 @@ def _finalist(finalist: Finalist) -> dict[str, Any]:
         "label": finalist.trial.label,
         "kl_search": finalist.trial.kl if finalist.trial.is_valid else None,
         "kl": finalist.kl,
-        "kl_95": [finalist.interval.low, finalist.interval.high],
+        "kl_95": finalist.interval.bounds(len(finalist.scores)),
         "top1": finalist.scores.mean_top1,
         "task": finalist.scores.mean_task,
         "num_prompts": len(finalist.scores),

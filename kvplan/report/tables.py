@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvplan.stats import Interval
+from kvplan.stats import MIN_PROMPTS, Interval
 
-MIN_PROMPTS = 5  # of a shown interval: a bootstrap over fewer is much too narrow, over one of no width
 WIDTH = 80
 
 

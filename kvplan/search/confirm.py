@@ -215,6 +215,7 @@ def state(policy: Policy, scored: TrialRow | Finalist, context_tokens: int, seed
     scores = scored.scores
     assert scores is not None
     interval = bootstrap(scores.kl, seed=seed)
+    bounds = interval.bounds(len(scores))
     held = plan(policy, spec, [context_tokens])
     search: dict[str, Any] = {
         **({} if row.number == NO_TRIAL else {"trial": row.number}),
@@ -222,7 +223,7 @@ def state(policy: Policy, scored: TrialRow | Finalist, context_tokens: int, seed
         "prompts": stage,
         "num_prompts": len(scores),
         "kl": _rounded(interval.mean),
-        "kl_95": [_rounded(interval.low), _rounded(interval.high)],
+        **({} if bounds is None else {"kl_95": [_rounded(bound) for bound in bounds]}),
         "top1": _rounded(scores.mean_top1),
     }
     if scores.mean_task is not None:

@@ -116,3 +116,13 @@ def test_a_ratio_is_drawn_in_pairs() -> None:
     found = bootstrap_ratio([0.5 * b for b in below], below)
     assert found is not None and found.low == pytest.approx(0.5) and found.high == pytest.approx(0.5)
     assert bootstrap_ratio([0.0], [0.0]) is None
+
+
+def test_as_data_few_prompts_have_no_interval_and_scores_count_their_own_prompts() -> None:
+    unscored = [row(f"n{i}", score=None, full_score=None, kl=i / 10) for i in range(4)]
+    scored = [row(f"s{i}", score=i / 10, kl=0.5) for i in range(2)]
+    told = summarise("p", unscored + scored).to_json()
+    assert told["kl"]["low"] < told["kl"]["mean"] < told["kl"]["high"]
+    assert told["score"] == {"mean": 0.05, "low": None, "high": None}
+    few = summarise("p", scored).to_json()
+    assert few["kl"] == {"mean": 0.5, "low": None, "high": None} and few["prompts"] == 2

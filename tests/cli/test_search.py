@@ -180,7 +180,7 @@ def test_json_is_data_on_stdout(faked: FakeScore, capsys: pytest.CaptureFixture[
     assert kvplan_search("--mem", "96KiB", "--context", "600", "--trials", "3", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bytes"]["planned"] <= 98304
-    assert len(found["trials"]) == 3 and found["winner"]["kl_95"][0] <= found["winner"]["kl"]
+    assert len(found["trials"]) == 3 and found["winner"]["kl_95"] is None  # of three prompts
 
 
 def test_every_stage_shows_its_progress_and_stdout_stays_data(
@@ -292,7 +292,11 @@ def test_few_prompts_have_no_interval_and_the_names_are_told(
     assert talk.index("knapsack: each layer's slots and methods as the profile predicts them best") < next(
         i for i, line in enumerate(talk) if line.startswith("trial   0")
     )
-    assert any(line.startswith("warning: only 3 prompts to confirm on") and "30 prompts" in line for line in talk)
+    (warning,) = [line for line in talk if line.startswith("warning: only 3 prompts to confirm on")]
+    assert warning.endswith("; give 30 prompts or more with --data")
+    assert kvplan_search("--mem", "40%", "--trials", "1", "--max-prompts", "12", "-o", "b.yaml") == 0
+    assert "only 3 prompts to confirm on" in (told := capsys.readouterr().err)
+    assert "; search with --max-prompts 30\n" in told and "with --data" not in told.partition("next")[0]
 
 
 def test_the_next_commands_have_the_options_of_the_search(faked: FakeScore, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,14 @@ def test_too_few_prompts_have_no_interval() -> None:
     assert [row[4:6] for row in plot.table(data).rows] == [(None, None), (0.1, 0.1)]
 
 
+def test_a_policy_of_few_prompts_is_drawn_without_interval() -> None:
+    found = policy()
+    found.provenance["search"] = {"kl": 0.2, "num_prompts": 4}  # as the search states it
+    _, data = drawn("pareto", inputs(results=None, policies=(NamedPolicy(Path("few.yaml"), found),)))
+    few = data.panels["prompts of the search and of its confirmation"][0]
+    assert (few.name, few.kl.mean, few.has_interval) == ("few", 0.2, False)
+
+
 def test_every_baseline_has_its_interval() -> None:
     plot, data = drawn("pareto")
     assert list(data.panels) == ["question-agnostic, 12 prompts", "question-aware, 4 prompts"]

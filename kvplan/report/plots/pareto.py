@@ -11,9 +11,8 @@ from kvplan.check.summary import by_question, summaries
 from kvplan.report.inputs import Inputs, NamedPolicy
 from kvplan.report.plots.base import Page, Plot, Table, log_axis, plain, plots
 from kvplan.report.plots.colours import LIGHT
-from kvplan.report.tables import MIN_PROMPTS
 from kvplan.search.trials import StudyRecord
-from kvplan.stats import Interval, bootstrap
+from kvplan.stats import MIN_PROMPTS, Interval, bootstrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,19 +150,25 @@ def _of_policies(policies: Sequence[NamedPolicy]) -> list[Point]:
     for named in policies:
         told = _numbers(named.policy.provenance)
         if told is not None:
-            points.append(Point(named.name, *told, found=True))
+            share, kl, prompts = told
+            points.append(Point(named.name, share, kl, found=True, prompts=prompts))
     return points
 
 
-def _numbers(provenance: Mapping[str, Any]) -> tuple[float, Interval] | None:
-    """Share of the full cache's bytes, and KL; None where a file does not state them, or not as numbers."""
+def _numbers(provenance: Mapping[str, Any]) -> tuple[float, Interval, int | None] | None:
+    """Share of the full cache's bytes, KL and its prompts; None where a file does not state them, or not as numbers.
+
+    The KL of few prompts is stated without an interval.
+    """
     planned: Any = provenance.get("planned")
     search: Any = provenance.get("search")
     try:
         share = planned["bytes"] / planned["full_bytes"]
-        low, high = search["kl_95"]
-        return float(share), Interval(float(search["kl"]), float(low), float(high))
-    except (TypeError, KeyError, ValueError, ZeroDivisionError):
+        kl = float(search["kl"])
+        low, high = search.get("kl_95", (kl, kl))
+        prompts = search.get("num_prompts") if "kl_95" in search else 0
+        return float(share), Interval(kl, float(low), float(high)), None if prompts is None else int(prompts)
+    except (AttributeError, TypeError, KeyError, ValueError, ZeroDivisionError):
         return None
 
 
