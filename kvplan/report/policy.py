@@ -145,7 +145,7 @@ def _changed_settings(old: LayerPolicy, new: LayerPolicy) -> list[str]:
             if getattr(old, name) != getattr(new, name):
                 told.append(f"{name}: {getattr(old, name)} -> {getattr(new, name)}")
         for name in _METHODS:
-            before, after = getattr(old, name), getattr(new, name)
+            before, after = _at_work(old, name), _at_work(new, name)
             if before != after:
                 told.append(f"{name.replace('_', ' ')}: {method_text(before)} -> {method_text(after)}")
     elif old.shares != new.shares:
@@ -153,12 +153,16 @@ def _changed_settings(old: LayerPolicy, new: LayerPolicy) -> list[str]:
     return told
 
 
+def _at_work(layer: LayerPolicy, field: str) -> Any:
+    """A method of the layer; a full layer evicts nothing, whatever its evictor."""
+    return None if field == "evictor" and layer.slots.is_full else getattr(layer, field)
+
+
 def _source(layer: LayerPolicy) -> str:
-    return (
-        f"{layer.slots} by {layer_text(layer) or method_text(layer.evictor)}"
-        if layer.shares is None
-        else f"layer {layer.shares}"
-    )
+    if layer.shares is not None:
+        return f"layer {layer.shares}"
+    told = layer_text(layer)
+    return f"{layer.slots} by {told}" if told else str(layer.slots)
 
 
 def diff(found: list[LayerChange], plan_a: BytesPlan, plan_b: BytesPlan, where: str) -> Text:

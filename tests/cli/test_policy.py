@@ -96,6 +96,17 @@ def test_diff_names_what_changed(policy_file, other_file):
     assert data["total"][0] < data["total"][1]
 
 
+def test_diff_names_no_evictor_of_a_full_layer(policy_file, tmp_path):
+    full = (LayerPolicy(evictor=H2O()), LayerPolicy(), LayerPolicy(), LayerPolicy(slots=Slots(256)))
+    save_policy(Policy(layers=full, model=MODEL), tmp_path / "full.yaml")
+    changes = json.loads(run("diff", policy_file, tmp_path / "full.yaml", "--json"))["changes"]
+    assert [(change["layers"], change["settings"]) for change in changes] == [
+        ([1], ["slots: 5% -> full", "evictor: snapkv(window_tokens=17, pool_width=7, pooling=max) -> none"]),
+        ([2], ["shares: layer 1 -> full"]),
+        ([3], ["evictor: h2o -> streaming"]),
+    ]
+
+
 def test_a_policy_does_not_differ_from_itself(policy_file):
     assert run("diff", policy_file, policy_file).startswith("no layer differs")
 
