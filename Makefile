@@ -55,7 +55,7 @@ $(BIN)/python:
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it is in the package python3-venv." >&2; exit 1; }
 
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -q -e .
+	$(PIP_INSTALL) -q -e '.[report]'
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python

@@ -116,5 +116,5 @@ def test_without_matplotlib_numbers_still_come_and_pictures_say_what_is_missing(
     failed = start()
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines() == [
-        "error: pictures are drawn by matplotlib, which is not installed: pip install 'kvplan[report]'"
+        "error: pictures are drawn by matplotlib, which is not installed: pip install matplotlib jinja2"
     ]

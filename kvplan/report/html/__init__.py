@@ -90,7 +90,7 @@ def _template() -> Template:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise KVPlanError("reports need Jinja2, which is not installed: pip install 'kvplan[report]'") from error
+        raise KVPlanError("reports need Jinja2, which is not installed: pip install jinja2") from error
     source = (files("kvplan.report.html") / "report.html.j2").read_text(encoding="utf-8")
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         source

@@ -76,7 +76,7 @@ def figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise KVPlanError(
-            "pictures are drawn by matplotlib, which is not installed: pip install 'kvplan[report]'"
+            "pictures are drawn by matplotlib, which is not installed: pip install matplotlib jinja2"
         ) from error
     return Figure
 
