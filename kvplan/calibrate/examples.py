@@ -10,6 +10,7 @@ from kvplan.calibrate.records import Record
 from kvplan.errors import DataError
 
 DEFAULT_WINDOW_TOKENS = 1024
+MIN_PROMPT_TOKENS = 2  # the least that --max-tokens takes
 
 Span = tuple[int, int]
 
@@ -80,7 +81,7 @@ def to_example(record: Record, tokenizer: Any, limits: Limits | None = None) -> 
         if is_answer:
             answers.append((start, len(continuation)))
             references.append(record.answers or (piece.strip(),))
-    _check_length(record.where, len(prompt_ids) + len(continuation), limits)
+    _check_length(record.where, len(prompt_ids), len(continuation), limits.context)
     if not continuation:
         prompt_ids, continuation = halve(prompt_ids, limits.continuation, record.where)
         text = tokenizer.decode(prompt_ids, skip_special_tokens=True)
@@ -116,11 +117,19 @@ def _cut(ids: list[int], max_tokens: int | None) -> list[int]:
     return ids if max_tokens is None else ids[-max_tokens:]
 
 
-def _check_length(where: str, num_tokens: int, limits: Limits) -> None:
-    if limits.context is not None and num_tokens > limits.context:
-        cut = limits.max_tokens is not None
-        hint = "lower --max-tokens" if cut else "--max-tokens N keeps the last N tokens of each prompt"
-        raise DataError(f"{where}: {num_tokens} tokens, but the model's context is {limits.context}; {hint}")
+def _check_length(where: str, prompt_tokens: int, continuation_tokens: int, context: int | None) -> None:
+    if context is None or prompt_tokens + continuation_tokens <= context:
+        return
+    found = (
+        f"{prompt_tokens} prompt + {continuation_tokens} continuation" if continuation_tokens else f"{prompt_tokens}"
+    )
+    fits = context - continuation_tokens
+    hint = (
+        f"give --max-tokens {fits} or less, which keeps the end of each prompt"
+        if fits >= MIN_PROMPT_TOKENS
+        else "no --max-tokens leaves room for the questions and answers that follow; leave the record out"
+    )
+    raise DataError(f"{where}: {found} tokens, but the model's context is {context}; {hint}")
 
 
 def halve(ids: list[int], continuation_tokens: int, where: str) -> tuple[list[int], list[int]]:

@@ -24,6 +24,12 @@ _FIELD_TYPES = {
     "max_new_tokens": int,
     "question_aware": bool,
 }
+_PROMPTS = ("prompt", "messages")
+# Where a record has neither, the file may be of another kind.
+_SUITE_HINT = (
+    "; records have id, task and prompt or messages; "
+    "kvplan eval and check read the file of a public suite with --suite NAME:FILE"
+)
 
 
 @dataclass(frozen=True)
@@ -90,19 +96,21 @@ def parse_record(data: Any, where: str) -> Record:
     """
     if not isinstance(data, dict):
         raise DataError(f"{where}: expected a JSON object, found {type_name(data)}")
+    hint = "" if any(name in data for name in _PROMPTS) else _SUITE_HINT
     for name, value in data.items():
         if name in _FIELD_TYPES:
             _check_type(value, _FIELD_TYPES[name], f"{where}: {name}")
             if isinstance(value, str):
                 check_text(value, f"{where}: {name}")
         elif near := get_close_matches(name, _FIELD_TYPES, n=1, cutoff=0.8):
-            raise DataError(f"{where}: unknown field {name!r}; did you mean {near[0]!r}?")
+            told = "" if near[0] in _PROMPTS else hint
+            raise DataError(f"{where}: unknown field {name!r}; did you mean {near[0]!r}?{told}")
     for name in ("id", "task"):
         if name not in data:
-            raise DataError(f"{where}: field {name!r} is missing")
+            raise DataError(f"{where}: field {name!r} is missing{hint}")
     if ("prompt" in data) == ("messages" in data):
         found = "both" if "prompt" in data else "neither"
-        raise DataError(f"{where}: a record has either 'prompt' or 'messages'; this one has {found}")
+        raise DataError(f"{where}: a record has either 'prompt' or 'messages'; this one has {found}{hint}")
     if data.get("max_new_tokens", 1) < 1:
         raise DataError(f"{where}: max_new_tokens: must be at least 1, found {data['max_new_tokens']}")
     for name in ("id", "task", "prompt", "answer"):

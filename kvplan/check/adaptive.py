@@ -42,7 +42,7 @@ class Outcome:
         available: That could have been measured.
         looks: How many times it was judged.
         reproduced: Every prompt gave the baseline's numbers; no statistics were needed.
-        harmed: The prompts that lost most, with their loss in nats.
+        harmed: The prompts that lost most, with their loss in nats; only those that lost.
         broken: Why it could not be measured on, where a cache held more than its plan.
     """
 
@@ -162,4 +162,5 @@ def _over_plan(name: str, told: str, prompts: int, available: int, number: int) 
 def _harmed(rows: Sequence[PromptRow], base: Sequence[PromptRow] | None) -> tuple[tuple[str, float], ...]:
     before = [0.0] * len(rows) if base is None else [row.kl for row in base]
     losses = [(row.id, row.kl - kl) for row, kl in zip(rows, before, strict=True)]
-    return tuple(sorted(losses, key=lambda loss: -loss[1])[:WORST_PROMPTS])
+    harmed = [loss for loss in losses if loss[1] > 0]
+    return tuple(sorted(harmed, key=lambda loss: -loss[1])[:WORST_PROMPTS])

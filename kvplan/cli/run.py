@@ -147,7 +147,7 @@ def _read(prompt: str | None, prompt_file: Path | None, data: Path | None) -> li
     where = "the prompt"
     if prompt is None or prompt == "-":
         if prompt_file is None or str(prompt_file) == "-":
-            where, prompt = "standard input", _read_stdin()
+            where, prompt = "standard input", _read_stdin(asked="-" in (prompt, str(prompt_file)))
         else:
             where, prompt = str(prompt_file), read_text(prompt_file, "prompt")
         # The end of the last line is the file's, not the prompt's.
@@ -158,11 +158,15 @@ def _read(prompt: str | None, prompt_file: Path | None, data: Path | None) -> li
     return [Record(id="prompt", task="prompt", where=where, prompt=prompt)]
 
 
-def _read_stdin() -> str:
+def _read_stdin(asked: bool) -> str:
+    """All of standard input; what is typed at a terminal only where that was asked for."""
+    from kvplan.cli.console import note
     from kvplan.errors import DataError
 
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None or (sys.stdin.isatty() and not asked):
         raise DataError("no prompt; give it as an argument, with --prompt-file, with --data or on standard input")
+    if sys.stdin.isatty():
+        note("type the prompt; Ctrl-D on a line of its own ends it")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:

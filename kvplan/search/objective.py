@@ -57,7 +57,8 @@ class Objective:
         known = sorted({task for task, has in zip(tasks, answered, strict=True) if has})
         if not known and (self.kind != "kl" or self.floors):
             asked = f"--objective {self.kind}" if self.kind != "kl" else "--floor"
-            raise StudyError(f"{asked}: no prompt has an answer to be right about; use --objective kl")
+            todo = [*(["use --objective kl"] if self.kind != "kl" else []), *(["drop --floor"] if self.floors else [])]
+            raise StudyError(f"{asked}: no prompt has an answer to be right about; {' and '.join(todo)}")
         if unknown := sorted(set(self.floors) - set(known)):
             raise StudyError(
                 f"--floor {unknown[0]}: no prompt of that task has an answer; choose among: {', '.join(known)}"

@@ -70,7 +70,7 @@ class SharedStudy:
             attrs = study.user_attrs
         if different := differences(identity, attrs[IDENTITY]):
             raise StudyError(
-                f"{storage.where}: holds a search with another {', '.join(different)}; "
+                f"{storage.where}: holds a search that differs in {', '.join(different)}; "
                 + (
                     "give another --study"
                     if storage.is_server
@@ -111,7 +111,7 @@ class SharedStudy:
         """
         different = differences(mine, {key: self.identity.get(key) for key in mine})
         if different:
-            told = "; ".join(f"another {key} ({self.identity.get(key)}; here {mine[key]})" for key in different)
+            told = "; ".join(f"{key} {self.identity.get(key)} (here {mine[key]})" for key in different)
             todo = "".join(f"; {hints[key]}" for key in different if hints and key in hints)
             raise StudyError(f"study '{self.name}' was created with {told}{todo}")
 

@@ -116,8 +116,26 @@ def test_a_long_prompt_names_line_length_and_remedy(tokenizer, write):
     with pytest.raises(DataError) as error:
         load_examples([path], tokenizer, context_limit=64)
     assert str(error.value) == (
-        f"{path}:2: 100 tokens, but the model's context is 64; --max-tokens N keeps the last N tokens of each prompt"
+        f"{path}:2: 100 tokens, but the model's context is 64; "
+        "give --max-tokens 64 or less, which keeps the end of each prompt"
     )
+
+
+def test_a_prompt_too_long_for_its_answer_names_the_length_that_fits(tokenizer, write):
+    path = write({"id": "p", "task": "t", "prompt": "cat " * 99, "answer": "cat " * 24})
+    answer = len(tokenizer.encode("cat " * 24, add_special_tokens=False))
+    fits = 64 - answer
+    with pytest.raises(DataError) as error:
+        load_examples([path], tokenizer, max_tokens=50, context_limit=64)
+    assert str(error.value) == (
+        f"{path}:1: 50 prompt + {answer} continuation tokens, but the model's context is 64; "
+        f"give --max-tokens {fits} or less, which keeps the end of each prompt"
+    )
+    assert len(load_examples([path], tokenizer, max_tokens=fits, context_limit=64)) == 1
+    with pytest.raises(
+        DataError, match=r"continuation tokens, but the model's context is \d+; no --max-tokens leaves room"
+    ):
+        load_examples([path], tokenizer, context_limit=answer)
 
 
 def test_max_tokens_keeps_the_end_of_a_prompt(tokenizer, write):
@@ -176,6 +194,14 @@ OK = {"id": "a", "task": "t", "prompt": "The cat."}
         ([{"task": "t", "prompt": "x"}], ":1: field 'id' is missing"),
         ([{"id": "a", "prompt": "x"}], ":1: field 'task' is missing"),
         ([{"id": "a", "task": "t"}], "'prompt' or 'messages'; this one has neither"),
+        (
+            [{"question": "Q", "answer": "#### 1"}],
+            "field 'id' is missing; records have id, task and prompt or messages;",
+        ),
+        (
+            [{"_id": "a", "input": "Q", "context": "C", "answers": ["x"]}],
+            "read the file of a public suite with --suite",
+        ),
         ([{**OK, "messages": MESSAGES["messages"]}], "'prompt' or 'messages'; this one has both"),
         ([{**OK, "id": 3}], ":1: id: expected text, found a number"),
         ([{**OK, "prompt": None}], ":1: prompt: expected text, found null"),

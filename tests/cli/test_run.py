@@ -122,6 +122,25 @@ def test_every_source_gives_the_same_prompt(
         assert capsys.readouterr().out.split() == wanted.split()
 
 
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_read_where_that_was_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kvplan_run(LONG)
+    wanted = capsys.readouterr().out
+    for argv in (("-",), ("--prompt-file", "-")):
+        monkeypatch.setattr(sys, "stdin", _Terminal(io.BytesIO(f"{LONG}\n".encode())))
+        assert kvplan_run(*argv) == 0
+        told = capsys.readouterr()
+        assert told.out == wanted and "type the prompt; Ctrl-D on a line of its own ends it" in told.err
+    assert kvplan_run() == 2
+    assert capsys.readouterr().err.startswith("error: no prompt; give it as an argument")
+
+
 def test_data_goes_to_a_file_in_order(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = records(here / "in.jsonl")
     assert kvplan_run("--data", data, "-o", "out.jsonl", "--batch-size", 2) == 0

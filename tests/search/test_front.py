@@ -77,7 +77,7 @@ def test_a_front_goes_on_from_its_file_and_is_not_a_search_at_one_memory(tmp_pat
     first = run(14, shares=SHARES, storage=journal)
     again = run(18, shares=SHARES, storage=journal)
     assert again.resumed == 14 and [r.policy for r in again.trials[:14]] == [r.policy for r in first.trials]
-    with pytest.raises(StudyError, match="another space"):
+    with pytest.raises(StudyError, match="differs in space"):
         run(18, storage=journal)
 
 

@@ -49,10 +49,13 @@ def test_what_the_prompts_cannot_tell_is_refused() -> None:
     Objective("kl").check(["text"], [False])
     with pytest.raises(StudyError, match="--floor text: no prompt of that task has an answer; choose among: fact"):
         Objective("kl", {"text": 0.5}).check(tasks, answered)
-    with pytest.raises(StudyError, match="--objective task: no prompt has an answer"):
-        Objective("task").check(["text"], [False])
-    with pytest.raises(StudyError, match="--floor: no prompt has an answer"):
-        Objective("kl", {"fact": 0.5}).check(["fact"], [False])
+    for objective, told in (
+        (Objective("task"), "--objective task: no prompt has an answer to be right about; use --objective kl$"),
+        (Objective("kl", {"fact": 0.5}), "--floor: no prompt has an answer to be right about; drop --floor$"),
+        (Objective("task", {"fact": 0.5}), "use --objective kl and drop --floor$"),
+    ):
+        with pytest.raises(StudyError, match=told):
+            objective.check(["fact"], [False])
     with pytest.raises(StudyError, match="--objective accuracy: no such objective; choose among: kl, task, mixed"):
         Objective("accuracy")
 

@@ -157,10 +157,10 @@ def test_a_resumed_search_with_other_inputs_is_refused(tmp_path: Path) -> None:
     journal = tmp_path / "study.journal"
     run(FakeScore(), trials=2, storage=journal, identity={"data": "a"})
     with pytest.raises(
-        StudyError, match="holds a search with another target; give another --storage, or delete the file"
+        StudyError, match="holds a search that differs in target; give another --storage, or delete the file"
     ):
         run(FakeScore(), trials=2, storage=journal, identity={"data": "a"}, target=Target(share=5000))
-    with pytest.raises(StudyError, match="another data; "):
+    with pytest.raises(StudyError, match="differs in data; "):
         run(FakeScore(), trials=2, storage=journal, identity={"data": "b"})
 
 
@@ -335,5 +335,5 @@ def test_the_sampler_can_be_random_and_random_has_its_own_study(tmp_path: Path) 
     journal = tmp_path / "j"
     found = run(FakeScore(), 16, sampler="random", storage=journal)
     assert len(found.trials) == 16
-    with pytest.raises(StudyError, match="another sampler"):
+    with pytest.raises(StudyError, match="differs in sampler"):
         run(FakeScore(), 17, sampler="gp", storage=journal)

@@ -73,9 +73,9 @@ def test_two_searches_share_the_trials_of_one_storage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mine", "told"),
     [
-        ({"kvplan": "9.9"}, "another kvplan (0.1; here 9.9); install the same version"),
-        ({"data": "mine"}, "another data (theirs; here mine); give its --data"),
-        ({"kvplan": "9.9", "data": "mine"}, "another data (theirs; here mine); another kvplan (0.1; here 9.9); "),
+        ({"kvplan": "9.9"}, "with kvplan 0.1 (here 9.9); install the same version"),
+        ({"data": "mine"}, "with data theirs (here mine); give its --data"),
+        ({"kvplan": "9.9", "data": "mine"}, "with data theirs (here mine); kvplan 0.1 (here 9.9); "),
     ],
 )
 def test_a_worker_of_other_inputs_is_refused_by_name(tmp_path: Path, mine: dict[str, str], told: str) -> None:
@@ -89,7 +89,7 @@ def test_a_worker_of_another_model_is_refused(tmp_path: Path) -> None:
     fake_search(tmp_path / "study", 1, FakeScore())
     with open_storage(tmp_path / "study") as storage:
         shared = SharedStudy.join(storage, None)
-        with pytest.raises(StudyError, match=r"another model \(sha256:fake; here sha256:other\); give its --model"):
+        with pytest.raises(StudyError, match=r"with model sha256:fake \(here sha256:other\); give its --model"):
             work(shared, replace(spec_of(), fingerprint="sha256:other"), FakeScore())
 
 

@@ -111,7 +111,7 @@ def test_a_trial_of_another_host_is_tried_again_when_it_shows_no_sign_of_life(ur
 def test_studies_of_one_server_are_told_apart(url: str) -> None:
     fake_search(url, 2, study="mine", identity={"data": "a"})
     assert fake_search(url, 2, study="mine", identity={"data": "a"}).resumed == 2
-    with pytest.raises(StudyError, match="holds a search with another data; give another --study"):
+    with pytest.raises(StudyError, match="holds a search that differs in data; give another --study"):
         fake_search(url, 2, study="mine", identity={"data": "b"})
     assert fake_search(url, 2, identity={"data": "b"}).resumed == 0
     assert fake_search(url, 2, identity={"data": "b"}).resumed == 2
