@@ -28,7 +28,6 @@ from kvplan.stats import MIN_PROMPTS, Interval
 from kvplan.units import format_bytes
 
 WIDTH = 80
-NAME_WIDTH = 24
 CELL_WIDTH = 8  # of a policy's column in a breakdown, the gap included
 QUALITY = ("policy", "bytes", "KL", "top-1", "ppl", "score", "recovery [95%]")
 AGAINST_FULL = ("policy", "KL [95%]", "score - full [95%]")
@@ -67,7 +66,7 @@ def tables(results: Results) -> list[Table]:
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str, scored: bool) -> Table:
     """Without the columns of scores where nothing is scored; they are the last."""
     shown = [i for i, header in enumerate(headers) if scored or not header.startswith(("score", "recovery"))]
-    return number_table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], title)
+    return number_table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], title, width=WIDTH)
 
 
 def _count(group: Group) -> str:
@@ -145,8 +144,8 @@ def _key(index: int) -> str:
 
 
 def _names(results: Results) -> list[str]:
-    """`full cache`, then `(1) name`: the number stands for the policy where names do not fit."""
-    return [shortened(f"{_key(i)} {p.name}" if i else p.name) for i, p in enumerate(results.policies)]
+    """`full cache`, then `(1) name`: the number stands for the policy in the breakdowns."""
+    return [f"{_key(i)} {p.name}" if i else p.name for i, p in enumerate(results.policies)]
 
 
 def cost(results: Results) -> Table:
@@ -165,7 +164,7 @@ def cost(results: Results) -> Table:
                 "-" if one.speedup is None else f"{one.speedup[0]:.2f}x",
             )
         )
-    return number_table(COST, rows, f"the KV cache of the longest prompt, {tokens} tokens")
+    return number_table(COST, rows, f"the KV cache of the longest prompt, {tokens} tokens", width=WIDTH)
 
 
 def notes(results: Results) -> list[str]:
@@ -227,14 +226,6 @@ def as_data(results: Results) -> dict[str, Any]:
             for group in by_question(results)
         ],
     }
-
-
-def shortened(name: str) -> str:
-    """The number and the end of a long name, where names differ."""
-    if len(name) <= NAME_WIDTH:
-        return name
-    key, rest = name.split(" ", 1)
-    return f"{key} ..{rest[len(key) + 3 - NAME_WIDTH :]}"
 
 
 def _size(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -38,8 +39,29 @@ def few_note(*counts: int) -> list[str]:
     return [f"-: fewer than {MIN_PROMPTS} prompts, too few for an interval."] if min(counts) < MIN_PROMPTS else []
 
 
-def number_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str, *, gap: int = 2) -> Table:
-    """The first column to the left, the others to the right, `gap` blanks between them."""
+def folded(name: str, width: int) -> str:
+    """A name in lines of `width` columns, broken behind a sign where there is one; none of it is lost."""
+    lines = [""]
+    for part in re.findall(rf"[^:+/@,_ -]{{0,{width - 1}}}[:+/@,_ -]?", name):
+        if len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def number_table(
+    headers: Sequence[str], rows: Iterable[Sequence[str]], title: str, *, gap: int = 2, width: int | None = None
+) -> Table:
+    """The first column to the left, the others to the right, `gap` blanks between them.
+
+    Args:
+        width: Columns of the whole; texts of the first column are folded to fit.
+    """
+    if width is not None:
+        rows = list(rows)
+        others = [max(map(len, column)) for column in list(zip(headers, *rows, strict=True))[1:]]
+        room = max(width - sum(others) - gap * len(others) - 2, len(headers[0]), 8)  # 2: the box's edges
+        rows = [(folded(row[0], room), *row[1:]) for row in rows]
     made = Table(title=title, title_justify="left", pad_edge=False, padding=(0, gap - 1, 0, 0), box=SIMPLE_HEAD)
     for index, header in enumerate(headers):
         made.add_column(header, justify="left" if index == 0 else "right", no_wrap=index > 0)

@@ -34,3 +34,12 @@ def test_the_legend_says_whose_speed_the_full_cache_row_is() -> None:
     timed = replace(found, policies=tuple(replace(policy, cost=cost) for policy in found.policies))
     assert "kvplan's own pool" in " ".join(notes(timed)) and "kvplan's own pool" not in " ".join(notes(found))
     assert max(map(len, notes(timed))) <= 80
+
+
+def test_long_names_are_folded_and_told_whole() -> None:
+    names = [f"uniform:{evictor}+int8/turboquant2@30%" for evictor in ("streaming", "snapkv")] + ["n" * 90]
+    for table in tables(results(baselines=tuple(names))):
+        lines = printed(table).splitlines()
+        assert max(map(len, lines)) <= 80
+        first = "".join(str(cell) for cell in table.columns[0].cells).replace("\n", "")
+        assert all(name in first for name in names[1:])
