@@ -226,21 +226,24 @@ def _dtype_name(model: Any) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No loading bars and no advice; the bars of a download stay."""
+    """No loading bars, no advice and no word of each retry of a download; the bars of a download stay."""
     import logging as standard
 
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
     if standard.getLogger("kvplan").isEnabledFor(standard.INFO):  # the user wants to hear it
         yield
         return
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars, hub_verbosity = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub.get_verbosity()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
         if bars:
             logging.enable_progress_bar()
 

@@ -1,4 +1,5 @@
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,28 @@ def test_a_cuda_index_out_of_range_is_refused(saved: Path, monkeypatch: pytest.M
 def test_loading_is_silent(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_model(saved)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_retries_of_a_download_are_told_with_verbose_alone(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    before, wanted = hub.getEffectiveLevel(), logging.INFO if verbose else logging.WARNING
+
+    def retried(*args: object) -> None:
+        hub.warning("Retrying in 8s")
+        raise OSError("gone")
+
+    monkeypatch.setattr(loading, "_load_config", retried)
+    hub.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(wanted, "kvplan"):
+            refusal("no-such-group/no-such-model")
+    finally:
+        hub.removeHandler(caplog.handler)
+    assert ("Retrying" in caplog.text) == verbose
+    assert hub.getEffectiveLevel() == before
 
 
 def test_a_config_that_cannot_run_is_one_line(tmp_path: Path, tiny_tokenizer: Any) -> None:
