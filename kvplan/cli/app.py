@@ -25,7 +25,7 @@ from kvplan.cli import (
     worker,
 )
 from kvplan.cli.console import set_quiet, set_verbose
-from kvplan.cli.exits import run_app
+from kvplan.cli.exits import leave, run_app
 
 app = typer.Typer(
     name="kvplan",
@@ -82,4 +82,4 @@ def main() -> None:
     """The `kvplan` script."""
     # OpenMP reads it when torch is imported: threads that spin while they wait starve each other on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run_app(app, sys.argv[1:]))
+    leave(run_app(app, sys.argv[1:]))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import os
@@ -15,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -95,6 +96,15 @@ def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
         error("interrupted")
         return TERMINATED_EXIT if signal.SIGTERM in received else INTERRUPT_EXIT
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the program; after an interrupt, another one during the shutdown does not change the code."""
+    if code in (INTERRUPT_EXIT, TERMINATED_EXIT):
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))  # threads may be waited for
+        # After the threads Python puts the default back, by which the signal itself would end the program.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _run(app: typer.Typer, argv: list[str], received: list[int]) -> int:

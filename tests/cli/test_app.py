@@ -232,6 +232,19 @@ sys.exit(run_app(app, []))
 """
 
 
+SLOW_TO_END = """
+import atexit, signal, threading, time
+from kvplan.cli.exits import leave
+def end(seconds):
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        time.sleep(0.01)
+    print("ending", flush=True)
+    time.sleep(seconds)
+{slow}
+leave(130)
+"""
+
+
 def start(body: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT.format(body=body)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -246,6 +259,16 @@ def test_a_signal_ends_the_program_with_one_word(number: int, code: int) -> None
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (code, "error: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("slow", ["threading.Thread(target=end, args=[60]).start()", "atexit.register(end, 0.5)"])
+def test_a_second_interrupt_during_the_shutdown_has_the_same_code(slow: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_END.format(slow=slow)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
 
 
 @pytest.mark.parametrize("write", ["console.out.print('x' * 1000)", "sys.stdout.write('x' * 1000 + '\\\\n')"])
