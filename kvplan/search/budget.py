@@ -125,10 +125,10 @@ class Budget:
         """Fail before long work, not after it.
 
         Raises:
-            TargetError: with some method the smallest policy costs more; names the smallest target that works.
+            TargetError: with every method the smallest policy costs more; names the smallest target that works.
         """
-        dearest = max(methods, key=self._least)
-        least = self._least(dearest)
+        cheapest = min(methods, key=self._least)
+        least = self._least(cheapest)
         if least <= self.total:
             return
         if self.target.share is None:
@@ -138,7 +138,7 @@ class Budget:
         share = -(-smallest * BASIS_POINTS // self.full_bytes)
         if share > BASIS_POINTS:
             raise TargetError(
-                f"{self.protection.min_slots} slots in each of {len(self.layers)} layers with {dearest.name} cost as "
+                f"{self.protection.min_slots} slots in each of {len(self.layers)} layers with {cheapest.name} cost as "
                 f"much as the full cache of {self.context_tokens} prompt tokens; lower --min-slots, or plan for longer "
                 "prompts"
             )
@@ -149,13 +149,20 @@ class Budget:
         raise TargetError(
             f"target {format_share(self.target.share) if self.target.share else format_bytes(asked)} is below the "
             f"smallest policy: {format_share(share)} or {format_bytes(smallest * self.target.batch)} "
-            f"({self.protection.min_slots} slots in each of {len(self.layers)} layers with {dearest.name}, "
+            f"({self.protection.min_slots} slots in each of {len(self.layers)} layers with {cheapest.name}, "
             f"at {self.context_tokens} prompt tokens{rows}); {remedy}"
         )
 
+    def affords(self, layers: Iterable[int], methods: Iterable[Method]) -> bool:
+        """Whether these layers, each with its method, fit with their fewest slots."""
+        return sum(self._floor_cost(i, method) for i, method in zip(layers, methods, strict=True)) <= self.total
+
     def _least(self, method: Method) -> int:
         """What the smallest policy of that method costs."""
-        return sum(self.cost(i, method) * self.floor(i, method) + self.fixed(i, method) for i in self.layers)
+        return sum(self._floor_cost(i, method) for i in self.layers)
+
+    def _floor_cost(self, layer: int, method: Method) -> int:
+        return self.cost(layer, method) * self.floor(layer, method) + self.fixed(layer, method)
 
     def _window_bytes(self) -> int:
         return sum(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvplan.calibrate.precision import DENSE, WHOLE, Precision
@@ -69,7 +69,7 @@ class Compiler:
 
     Raises:
         ProfileError: the profile holds no sensitivity for a name or a codec.
-        TargetError: the target cannot be met with one of the evictors.
+        TargetError: the target cannot be met with any evictor and codec.
     """
 
     def __init__(
@@ -102,8 +102,9 @@ class Compiler:
                 curve = {s: [a + b for a, b in zip(kl, damage, strict=True)] for s, kl in self._curves[name].items()}
                 self._curves[both] = {**curve, BASIS_POINTS: damage}
                 self.methods[both] = named(both)
-        budget.check(self.methods[name] for name in self.names)
+        budget.check(self.methods.values())
         self.budget = budget
+        self._stand_ins = _stand_ins(self.methods, budget)
         self.precisions = _undominated(rounding, budget)
         self._facts = profile.facts
         plannable = [self._facts[i] for i in budget.layers]
@@ -125,9 +126,14 @@ class Compiler:
         return min(self.budget.total / plain, 1.0)
 
     def best_evictor(self) -> str:
-        """The one with the smallest summed sensitivity at the mean share."""
-        curves = {name: self._curves[name] for name in self.names}
+        """The one with the smallest summed sensitivity at the mean share, if any fits without a codec of those."""
+        names = [name for name in self.names if self.fits(name)] or self.names
+        curves = {name: self._curves[name] for name in names}
         return knapsack.ranked_evictors(curves, self.budget.layers, self.mean_share * BASIS_POINTS)[0]
+
+    def fits(self, name: str) -> bool:
+        """Whether a method's fewest slots in every layer are within the target."""
+        return name == PROFILE or self._stand_ins[name] == name
 
     def compile(self, params: Params, provenance: Mapping[str, Any] | None = None) -> Policy:
         """A valid policy whose planned bytes are at most the target's."""
@@ -135,7 +141,7 @@ class Compiler:
         source_of = sharing_map(self._ranked, spec, params.shared_layers)
         owners = [i for i in budget.layers if i not in source_of]
         names = [self._evictor_name(params, i, owners) for i in owners]
-        chosen = [self._method(i, name, params) for i, name in zip(owners, names, strict=True)]
+        chosen = self._affordable(owners, names, params)
         cost = [budget.cost(i, e) for i, e in zip(owners, chosen, strict=True)]
         plain = sum(spec.token_bytes(i) for i in owners) * budget.whole
         if params.split == KNAPSACK:
@@ -174,9 +180,19 @@ class Compiler:
         heads = AdaKV() if params.split_heads else None
         return method.tuned(tuned).with_legal(spec.layers[layer], spec.dtype, heads, channels)
 
+    def _affordable(self, owners: list[int], names: Sequence[str], params: Params) -> list[Method]:
+        """The methods that are asked for, without the rarer decisions where these leave no room for the floors."""
+        budget = self.budget
+        plain = replace(params, split_heads=False, dropped_channels=0.0, tuned=())
+        for asked in (params, plain):
+            methods = [self._method(i, name, asked) for i, name in zip(owners, names, strict=True)]
+            if budget.affords(owners, methods):
+                return methods
+        return [min(self.methods.values(), key=lambda method: _unit_bytes(method, budget, owners))] * len(owners)
+
     def _evictor_name(self, params: Params, layer: int, owners: list[int]) -> str:
         name = params.evictors[self._group_of[layer]]
-        return self._knapsack(owners)[layer].method if name == PROFILE else name
+        return self._knapsack(owners)[layer].method if name == PROFILE else self._stand_ins[name]
 
     def _knapsack(self, owners: list[int]) -> dict[int, knapsack.Choice]:
         # The ranking fixes which layers share, so their number identifies the owners.
@@ -241,6 +257,26 @@ def _undominated(rounding: Mapping[Precision, Sequence[float]], budget: Budget) 
             kept.append(precision)
             least = sum(rounding[precision])
     return kept[::-1]
+
+
+def _stand_ins(methods: Mapping[str, Method], budget: Budget) -> dict[str, str]:
+    """Each method, or if its fewest slots are above the target the dearest that fits, of its evictor if one does.
+
+    Between what codecs need and what plain slots need, most of the space would else be impossible.
+    """
+    fitting = [name for name, method in methods.items() if budget.affords(budget.layers, [method] * len(budget.layers))]
+    if len(fitting) == len(methods):
+        return {name: name for name in methods}
+    unit = {name: _unit_bytes(methods[name], budget, budget.layers) for name in fitting}
+    found = {}
+    for name, method in methods.items():
+        alike = [other for other in fitting if methods[other].evictor.name == method.evictor.name]
+        found[name] = name if name in unit else max(alike or fitting, key=unit.__getitem__)
+    return found
+
+
+def _unit_bytes(method: Method, budget: Budget, layers: Sequence[int]) -> int:
+    return sum(budget.cost(i, method) for i in layers)
 
 
 def _pair_distances(profile: Profile) -> list[tuple[int, int, float]]:

@@ -39,7 +39,7 @@ def project(
         return list(cap)
     highest = max(raw)
     # No weight is quite 0: what the others cannot use must go somewhere.
-    weight = [Fraction(max(r, highest * 1e-9) if highest > 0 else 1.0) for r in raw]
+    weight = [max(Fraction(r), Fraction(highest) / 10**9) if highest > 0 else Fraction(1) for r in raw]
     factor = _factor(weight, cost, total, floor, cap)
     ideal = [min(max(weight[i] * factor, Fraction(floor[i])), Fraction(cap[i])) for i in layers]
     units = [int(x) for x in ideal]

@@ -136,7 +136,7 @@ class SearchSpace:
         any_evictor = self.evictors[-1]
         alike = [joined(best, p) for p in self._compiler.precisions if p.keys == p.values]
         knapsack = self._start("knapsack", KNAPSACK, any_evictor)
-        starts = [
+        starts = self._that_fit(
             *(self.solved() if KNAPSACK in self.splits else []),
             *(self._start(f"uniform {name}", "uniform", name, is_recipe=True) for name in self._compiler.names),
             *(
@@ -145,15 +145,19 @@ class SearchSpace:
                 if split not in ("uniform", KNAPSACK)
             ),
             *(self._start(f"uniform {both}", "uniform", both, is_recipe=True) for both in alike),
-        ]
+        )
         if KNAPSACK not in self.splits:
             if any_evictor == PROFILE:
                 starts.append(self._start("uniform profile", "uniform", PROFILE))
             return starts
-        starts.append(self._start(f"knapsack {best}", KNAPSACK, best))
+        starts += self._that_fit(self._start(f"knapsack {best}", KNAPSACK, best))
         if len(self.group_names) > 1:
             starts += [self._start(f"tilt {x:g} {any_evictor}", "uniform", any_evictor, tilt=x) for x in (1.5, 3.0)]
         return starts + self._variants(knapsack)
+
+    def _that_fit(self, *starts: WarmStart) -> list[WarmStart]:
+        """Without those whose method would be replaced by a cheaper one: they would not be what their label says."""
+        return [start for start in starts if all(map(self._compiler.fits, start.params.evictors))]
 
     def solved(self) -> list[WarmStart]:
         """The knapsack's answer for each memory target, the largest first."""

@@ -31,6 +31,7 @@ COMPILERS = {
     "99%": Compiler(PLAIN, budget_of(PLAIN, Target(share=9900))),  # type: ignore[arg-type]
     "windows": Compiler(WINDOWED, budget_of(WINDOWED, Target(share=4000))),  # type: ignore[arg-type]
     "codecs": Compiler(ENCODED, budget_of(ENCODED, Target(share=2500))),  # type: ignore[arg-type]
+    "below plain slots": Compiler(ENCODED, budget_of(ENCODED, Target(share=300))),  # type: ignore[arg-type]
     "codecs in bytes": Compiler(ENCODED, budget_of(ENCODED, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
     "bytes": Compiler(PLAIN, budget_of(PLAIN, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
 }
@@ -174,18 +175,13 @@ def test_warm_starts_are_distinct_points_within_the_ranges() -> None:
     [
         (
             Target(share=500),
-            "target 5% is below the smallest policy: 7.2% or 72.00 KiB (64 slots in each of 8 layers with h2o, at 1000 "
-            "prompt tokens); raise --mem or lower --min-slots",
+            "target 5% is below the smallest policy: 6.4% or 64.00 KiB (64 slots in each of 8 layers with snapkv, at "
+            "1000 prompt tokens); raise --mem or lower --min-slots",
         ),
         (
             Target(bytes=50_000, context_tokens=1000, batch=2),
-            "target 48.83 KiB is below the smallest policy: 7.2% or 144.00 KiB (64 slots in each of 8 layers with h2o, "
-            "at 1000 prompt tokens and batch 2); raise --mem or lower --min-slots",
-        ),
-        (
-            Target(bytes=10_000, context_tokens=64),
-            "64 slots in each of 8 layers with h2o cost as much as the full cache of 64 prompt tokens; lower "
-            "--min-slots, or plan for longer prompts",
+            "target 48.83 KiB is below the smallest policy: 6.4% or 128.00 KiB (64 slots in each of 8 layers with "
+            "snapkv, at 1000 prompt tokens and batch 2); raise --mem or lower --min-slots",
         ),
     ],
 )
@@ -193,6 +189,29 @@ def test_an_infeasible_target_names_the_smallest_one(target: Target, told: str) 
     with pytest.raises(TargetError) as caught:
         Compiler(PLAIN, budget_of(PLAIN, target))  # type: ignore[arg-type]
     assert str(caught.value) == told
+
+
+def test_a_floor_as_dear_as_the_full_cache_is_told() -> None:
+    with pytest.raises(TargetError) as caught:
+        Compiler(PLAIN, budget_of(PLAIN, Target(bytes=10_000, context_tokens=64)), ["h2o"])  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "64 slots in each of 8 layers with h2o cost as much as the full cache of 64 prompt tokens; lower --min-slots, "
+        "or plan for longer prompts"
+    )
+
+
+def test_codecs_reach_targets_that_plain_slots_do_not() -> None:
+    compiler = COMPILERS["below plain slots"]
+    assert not any(map(compiler.fits, compiler.names))
+    starts = SearchSpace(compiler).warm_starts()
+    assert {"knapsack", "uniform h2o+turboquant4"} < {start.label for start in starts}
+    assert all(compiler.fits(name) for start in starts for name in start.params.evictors)
+    G = len(compiler.groups)
+    policy = compiler.compile(Params(split="uniform", scales=(1.0,) * G, evictors=("snapkv",) * G))
+    stored = {(layer.evictor.name, layer.key_codec.name, layer.value_codec.name) for layer in policy.layers}
+    assert stored == {("snapkv", "int8", "turboquant")}  # the dearest of its evictor that fits
+    with pytest.raises(TargetError, match=r"is below the smallest policy: .* with .* and turboquant4"):
+        Compiler(ENCODED, budget_of(ENCODED, Target(share=100)))  # type: ignore[arg-type]
 
 
 def test_the_named_smallest_target_is_feasible_and_the_one_below_is_not() -> None:
