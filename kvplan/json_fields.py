@@ -34,5 +34,6 @@ def _texts(value: Any) -> Iterator[str]:
 
 Measure = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, AfterValidator(_printable)]
 Settings = Annotated[dict[str, Any], AfterValidator(_printable_throughout)]

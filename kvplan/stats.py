@@ -11,6 +11,9 @@ import numpy as np
 MIN_PROMPTS = 5  # of a stated interval: a bootstrap over fewer is much too narrow, over one of no width
 
 
+NOTHING = 1e-12  # a score that is as good as 0
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean with its 95 % interval."""
@@ -75,14 +78,14 @@ def bootstrap_ratio(
     """Percentile bootstrap of mean(above) / mean(below) over prompts, paired: both are drawn together.
 
     Returns:
-        None when `below` is 0 throughout. Draws in which it is 0 have no ratio and are left out.
+        None when `below` is `NOTHING` on average. Draws in which it is have no ratio and are left out.
     """
     upper, lower = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
-    if not lower.any():
-        return None
     drawn = _draws(len(lower), seed, resamples)
     tops, bottoms = upper[drawn].mean(1), lower[drawn].mean(1)
-    ratios = tops[bottoms > 0] / bottoms[bottoms > 0]
+    ratios = tops[bottoms > NOTHING] / bottoms[bottoms > NOTHING]
+    if lower.mean() <= NOTHING or not len(ratios):
+        return None
     low, high = np.quantile(ratios, (0.025, 0.975))
     return Interval(float(upper.mean() / lower.mean()), float(low), float(high))
 

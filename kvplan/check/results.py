@@ -15,7 +15,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, Valid
 
 from kvplan.errors import NotComparableError, ResultsError
 from kvplan.files import read_text, write_text
-from kvplan.json_fields import Measure
+from kvplan.json_fields import Measure, Share
 
 FORMAT_VERSION = 1
 FULL_CACHE = "full cache"
@@ -49,7 +49,7 @@ class PromptRow:
     question_aware: bool
     tokens: PositiveInt
     kl: Measure
-    top1: Measure
+    top1: Share
     nll: Measure
     full_nll: Measure
     planned_bytes: NonNegativeInt
@@ -57,8 +57,8 @@ class PromptRow:
     full_bytes: PositiveInt
     questions: NonNegativeInt = 1
     scorer: str | None = None
-    score: Measure | None = None
-    full_score: Measure | None = None
+    score: Share | None = None
+    full_score: Share | None = None
     answers: tuple[str, ...] = ()
 
 

@@ -79,6 +79,8 @@ BROKEN = {
     "no finite number": (lambda d: d["policies"][1]["rows"][0].update(kl=float("nan")), "policies.1.rows.0.kl"),
     "a number whose sums overflow": (
         lambda d: d["policies"][1]["rows"][0].update(kl=1e308), "policies.1.rows.0.kl: Input should be less than"),
+    "a score above 1": (
+        lambda d: d["policies"][1]["rows"][0].update(score=1.5), "policies.1.rows.0.score: Input should be less than"),
     "no full cache": (lambda d: d["policies"].pop(0), "no policy is named 'full cache'"),
     "two of one name": (lambda d: d["policies"][1].update(name=FULL_CACHE), "two policies are named 'full cache'"),
     "other prompts": (lambda d: d["policies"][1]["rows"].reverse(), "policy 'p' has rows of other prompts"),

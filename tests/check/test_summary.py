@@ -116,6 +116,7 @@ def test_a_ratio_is_drawn_in_pairs() -> None:
     found = bootstrap_ratio([0.5 * b for b in below], below)
     assert found is not None and found.low == pytest.approx(0.5) and found.high == pytest.approx(0.5)
     assert bootstrap_ratio([0.0], [0.0]) is None
+    assert bootstrap_ratio([0.5], [1e-310]) is None
 
 
 def test_as_data_few_prompts_have_no_interval_and_scores_count_their_own_prompts() -> None:
