@@ -472,11 +472,12 @@ def test_the_live_table_shows_the_best_trials_with_interval_and_bytes() -> None:
         params = Params(split="uniform", scales=(1.0,), evictors=("tova",))
         return TrialRow(number, SEARCHED, params, Policy(layers=()), scores, (0.0, kl))
 
-    screen = Console(width=80, file=io.StringIO())
+    written = io.StringIO()
+    screen = Console(width=80, file=written)
     screen.print(live_table([row(n, (n + 3) % 8 / 10) for n in range(8)], lambda row: row.number / 100))
-    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = written.getvalue().splitlines()
     assert [line.split()[2] for line in lines[1:]] == ["5", "6", "7", "0", "1"]
     assert lines[2].split() == ["uniform", "tova", "6", "0.1500", "[0.1162,", "0.1833]", "6.0%"]
     screen.print(live_table([row(6, 0.1, repeats=2)], lambda row: 0.06))
-    last = screen.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    last = written.getvalue().splitlines()[-1]
     assert last.split() == ["uniform", "tova", "6", "0.1500", "-", "6.0%"]

@@ -34,9 +34,10 @@ def test_the_markdown_is_what_the_readme_shows() -> None:
 
 
 def test_the_table_fits_80_columns_with_the_same_digits() -> None:
-    screen = Console(width=200, file=io.StringIO())
+    written = io.StringIO()
+    screen = Console(width=200, file=written)
     screen.print(table(ROWS, "90 held-out prompts"))
-    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = written.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     digits = [re.findall(r"[\d.]+", line) for line in lines if re.search(r"\d\.\d", line)]
     assert digits == [re.findall(r"[\d.]+", line) for line in SHOWN]

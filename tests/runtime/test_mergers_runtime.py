@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import ARGS, D, append, prefill
 from torch import Tensor
 
 from kvplan.methods.channels.think import ThinK
@@ -20,13 +21,11 @@ from kvplan.model_spec import LayerSpec, ModelSpec
 from kvplan.policy.rules import check_policy
 from kvplan.policy.schema import FULL, LayerPolicy, Policy, Slots
 from kvplan.runtime.cache import build_layer
-from kvplan.runtime.kernels.dense import AttentionArgs
 from kvplan.runtime.kernels.stored import attend_parts
 from kvplan.runtime.layers.base import PolicyLayer, attend_seen, heads_to_rows, rows_to_heads
 
-HQ, HKV, D = 4, 2, 8
+HQ, HKV = 4, 2
 SPEC = LayerSpec(HKV, D, D)
-ARGS = AttentionArgs(scaling=D**-0.5)
 SINKS, RECENT = 2, 4
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # mergers weigh in float32
 
@@ -42,16 +41,6 @@ def built(name: str = "streaming", slots: Slots = Slots(12), **fields: Any) -> P
     policy = Policy(layers=(LayerPolicy(slots=slots, **fields),))
     check_policy(policy)
     return build_layer(policy, ModelSpec((SPEC,), HQ, "float64"), 0)
-
-
-def prefill(made: PolicyLayer, q: Tensor, k: Tensor, v: Tensor, T: int, valid: Tensor | None = None) -> None:
-    valid = torch.ones(k.shape[0], T, dtype=torch.bool) if valid is None else valid
-    made.store_prompt(q[:, :, :T], k[:, :, :T], v[:, :, :T], valid, ARGS)
-
-
-def append(made: PolicyLayer, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int | None = None) -> Tensor:
-    now = slice(start, start + 1 if stop is None else stop)
-    return made.append(q[:, :, now], k[:, :, now], v[:, :, now], ARGS)[0]
 
 
 class Lists:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,15 +28,19 @@ def budget_of(profile: FakeProfile, target: Target, context: int = 1000) -> Budg
     return Budget(spec=profile.spec, target=target, context_tokens=target.context_tokens or context)
 
 
+def compiler_of(profile: FakeProfile, target: Target, names: Sequence[str] = (), **options: Any) -> Compiler:
+    return Compiler(profile, budget_of(profile, target), names, **options)  # type: ignore[arg-type]
+
+
 COMPILERS = {
-    "40%": Compiler(PLAIN, budget_of(PLAIN, Target(share=4000))),  # type: ignore[arg-type]
-    "9%": Compiler(PLAIN, budget_of(PLAIN, Target(share=900))),  # type: ignore[arg-type]
-    "99%": Compiler(PLAIN, budget_of(PLAIN, Target(share=9900))),  # type: ignore[arg-type]
-    "windows": Compiler(WINDOWED, budget_of(WINDOWED, Target(share=4000))),  # type: ignore[arg-type]
-    "codecs": Compiler(ENCODED, budget_of(ENCODED, Target(share=2500))),  # type: ignore[arg-type]
-    "below plain slots": Compiler(ENCODED, budget_of(ENCODED, Target(share=300))),  # type: ignore[arg-type]
-    "codecs in bytes": Compiler(ENCODED, budget_of(ENCODED, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
-    "bytes": Compiler(PLAIN, budget_of(PLAIN, Target(bytes=2**20, context_tokens=600, batch=3))),  # type: ignore[arg-type]
+    "40%": compiler_of(PLAIN, Target(share=4000)),
+    "9%": compiler_of(PLAIN, Target(share=900)),
+    "99%": compiler_of(PLAIN, Target(share=9900)),
+    "windows": compiler_of(WINDOWED, Target(share=4000)),
+    "codecs": compiler_of(ENCODED, Target(share=2500)),
+    "below plain slots": compiler_of(ENCODED, Target(share=300)),
+    "codecs in bytes": compiler_of(ENCODED, Target(bytes=2**20, context_tokens=600, batch=3)),
+    "bytes": compiler_of(PLAIN, Target(bytes=2**20, context_tokens=600, batch=3)),
 }
 
 
@@ -193,7 +200,7 @@ def test_an_infeasible_target_names_the_smallest_one(target: Target, told: str) 
 
 def test_a_floor_as_dear_as_the_full_cache_is_told() -> None:
     with pytest.raises(TargetError) as caught:
-        Compiler(PLAIN, budget_of(PLAIN, Target(bytes=10_000, context_tokens=64)), ["h2o"])  # type: ignore[arg-type]
+        compiler_of(PLAIN, Target(bytes=10_000, context_tokens=64), ["h2o"])
     assert str(caught.value) == (
         "64 slots in each of 8 layers with h2o cost as much as the full cache of 64 prompt tokens; lower --min-slots, "
         "or plan for longer prompts"
@@ -211,7 +218,7 @@ def test_codecs_reach_targets_that_plain_slots_do_not() -> None:
     stored = {(layer.evictor.name, layer.key_codec.name, layer.value_codec.name) for layer in policy.layers}
     assert stored == {("snapkv", "int8", "turboquant")}  # the dearest of its evictor that fits
     with pytest.raises(TargetError, match=r"is below the smallest policy: .* with .* and turboquant4"):
-        Compiler(ENCODED, budget_of(ENCODED, Target(share=100)))  # type: ignore[arg-type]
+        compiler_of(ENCODED, Target(share=100))
 
 
 def test_the_named_smallest_target_is_feasible_and_the_one_below_is_not() -> None:
@@ -225,7 +232,7 @@ def test_unmeasured_evictors_are_refused() -> None:
     with pytest.raises(
         ProfileError, match="the profile holds no sensitivity for tova; calibrate with it, or choose among: h2o"
     ):
-        Compiler(PLAIN, budget_of(PLAIN, Target(share=4000)), ["h2o", "tova"])  # type: ignore[arg-type]
+        compiler_of(PLAIN, Target(share=4000), ["h2o", "tova"])
     with pytest.raises(ProfileError, match="run kvplan calibrate without --no-sensitivity"):
         Compiler(FakeProfile(evictors=()), budget_of(PLAIN, Target(share=4000)))  # type: ignore[arg-type]
 

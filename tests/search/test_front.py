@@ -132,9 +132,10 @@ def test_every_trial_of_a_front_has_a_predicted_speed() -> None:
     assert front["step_costs"]["full_cache_ms"] == 10_000
     table = front_table(found, PROFILE.spec, {}, steps)
     assert [*table.columns[-1].cells] == [f"{speed:.2f}x" for speed in told]
-    screen = Console(width=80, file=io.StringIO())
+    written = io.StringIO()
+    screen = Console(width=80, file=written)
     screen.print(table, soft_wrap=True)
-    lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = written.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and lines[2].split()[-2:] == ["decode", "predicted"]
     assert [note.split(":")[0] for note in front_notes({}, steps)] == ["of full", "predicted"]
     assert front_data(found, PROFILE.spec, {}, 0)["points"][0]["predicted_speedup"] is None
