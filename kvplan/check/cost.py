@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from kvplan.runtime.attach import Runtime, attach, full_policy
 from kvplan.runtime.cache import PolicyCache
 from kvplan.runtime.replay import PromptCapture, capture, must_prefill, prefill, replay
 
-_REFERENCE = "DynamicCache"
+REFERENCE = "DynamicCache"  # transformers' own full cache
 
 
 @torch.no_grad()
@@ -51,6 +52,35 @@ def costs(
         progress()
     if not new_tokens:
         return found
+    times = decode_times(model, spec, policies, prompt_ids, new_tokens, repeats, progress)
+    return {
+        name: replace(
+            held,
+            new_tokens=new_tokens,
+            tokens_per_second=_spread(Spread.of([new_tokens / s for s in times[name]])),
+            speedup=_spread(ratio(times[REFERENCE], times[name])),
+        )
+        for name, held in found.items()
+    }
+
+
+@torch.no_grad()
+def decode_times(
+    model: Any,
+    spec: ModelSpec,
+    policies: Mapping[str, Policy],
+    prompt_ids: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    progress: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Seconds of every round of each policy and of `REFERENCE`, in turn, after a prompt of one row.
+
+    Args:
+        new_tokens, repeats: As in `costs`.
+        progress: Called `(len(policies) + 1) * (repeats + 1)` times.
+    """
+    ids = torch.tensor([prompt_ids], device=input_device(model))
     prompt = capture(model, full_policy(model), spec, ids, torch.ones_like(ids, dtype=torch.bool))
 
     def under(policy: Policy) -> float:
@@ -60,17 +90,8 @@ def costs(
     def reference() -> float:
         return decode_seconds(model, dynamic_cache(model, prompt, ids.shape[1]), ids, new_tokens)
 
-    cases = {_REFERENCE: reference} | {name: lambda p=policy: under(p) for name, policy in policies.items()}
-    times = in_turn(cases, repeats, progress)
-    return {
-        name: replace(
-            held,
-            new_tokens=new_tokens,
-            tokens_per_second=_spread(Spread.of([new_tokens / s for s in times[name]])),
-            speedup=_spread(ratio(times[_REFERENCE], times[name])),
-        )
-        for name, held in found.items()
-    }
+    cases: dict[str, Callable[[], float]] = {name: partial(under, policy) for name, policy in policies.items()}
+    return in_turn({REFERENCE: reference} | cases, repeats, progress)
 
 
 def decode_seconds(model: Any, cache: Any, ids: Tensor, new_tokens: int) -> float:

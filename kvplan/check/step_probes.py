@@ -5,22 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
-
-from kvplan.check.cost import decode_seconds, dynamic_cache, prefilled
+from kvplan.check.cost import REFERENCE, decode_times
 from kvplan.check.step_costs import BASE, FULL, SHARES, StepCosts, Timed, held_slots, parts_of
-from kvplan.check.timing import in_turn
 from kvplan.methods.evictors.streaming import Streaming
 from kvplan.model_spec import ModelSpec
-from kvplan.placement import input_device
 from kvplan.policy.schema import LayerPolicy, Policy, Slots
-from kvplan.runtime.attach import attach, full_policy
-from kvplan.runtime.replay import capture
-
-_REFERENCE = "DynamicCache"
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,6 @@ class Probe:
     per_slot_of: str | None = None
 
 
-@torch.no_grad()
 def step_costs(
     model: Any,
     spec: ModelSpec,
@@ -53,21 +43,8 @@ def step_costs(
         repeats: Rounds, after one that warms up; the median counts.
         progress: Called `(policies of the probes + 1) * (repeats + 1)` times.
     """
-    ids = torch.tensor([prompt_ids], device=input_device(model))
-    prompt = capture(model, full_policy(model), spec, ids, torch.ones_like(ids, dtype=torch.bool))
-
-    def under(policy: Policy) -> float:
-        with attach(model, policy, spec) as runtime:
-            return decode_seconds(model, prefilled(runtime, prompt, ids), ids, new_tokens)
-
-    def reference() -> float:
-        return decode_seconds(model, dynamic_cache(model, prompt, ids.shape[1]), ids, new_tokens)
-
-    cases: dict[str, Callable[[], float]] = {_REFERENCE: reference}
-    for probe in probes:
-        for number, policy in enumerate(probe.policies):
-            cases[f"{probe.part}/{number}"] = partial(under, policy)
-    times = in_turn(cases, repeats, progress)
+    policies = {f"{probe.part}/{i}": policy for probe in probes for i, policy in enumerate(probe.policies)}
+    times = decode_times(model, spec, policies, prompt_ids, new_tokens, repeats, progress)
     step = {name: statistics.median(spent) / new_tokens for name, spent in times.items()}
     first = next(i for i, shape in enumerate(spec.layers) if shape.window is None)
     timed = [
@@ -83,7 +60,7 @@ def step_costs(
         )
         for probe in probes
     ]
-    return StepCosts.fit(len(prompt_ids), step[_REFERENCE], timed)
+    return StepCosts.fit(len(prompt_ids), step[REFERENCE], timed)
 
 
 def probes_for(policies: Iterable[Policy], spec: ModelSpec, context_tokens: int) -> list[Probe]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import DynamicCache
 
-from kvplan.check import step_probes
+from kvplan.check import cost
 from kvplan.check.step_costs import BASE, FULL, Line, StepCosts, Timed, held_slots, parts_of
 from kvplan.check.step_probes import probes_for, step_costs
 from kvplan.methods.codecs.int8 import Int8
@@ -124,7 +124,7 @@ def test_what_a_made_up_clock_measures_is_predicted(tiny_llama: Any, monkeypatch
         lines = [sum((adds[name] for name in parts_of(layer)), Line()) for layer in policy.layers]
         return 5.0 + sum(line.at(n) for line, n in zip(lines, slots, strict=True))
 
-    monkeypatch.setattr(step_probes, "decode_seconds", clock)
+    monkeypatch.setattr(cost, "decode_seconds", clock)
     int8 = {"key_codec": Int8(), "value_codec": Int8()}
     policies = [
         of(cut(70, "h2o", **int8), cut(40), LayerPolicy(), LayerPolicy(**int8)),
